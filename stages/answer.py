@@ -24,6 +24,7 @@ from dualign.core.schema import CHOICES, SUITE, SUITE_ANSWERS, read_table
 from dualign.evaluation.stats import clustered_mean
 from dualign.evaluation.suites import before_stop, read_suite
 from dualign.evaluation.truthful import choice_log_probabilities, mc1, mc2
+from dualign.lm.engines.interface import Decoding
 from dualign.lm.mixture import Policy, is_policy, policy_at
 from dualign.lm.models import load_tokenizer
 from dualign.lm.sampling import Draws, draw
@@ -136,7 +137,7 @@ def answered(
 def wanted(run: Run[AnswerParams], spec: SuiteSpec, seed: int) -> Draws:
     """How the answers to this suite are made."""
     longest = run.params.max_new_tokens
-    draws = Draws(spec.samples_per_prompt, longest, seed, spec.temperature)
+    draws = Draws(spec.samples_per_prompt, longest, seed, Decoding.of(spec))
     if spec.max_new_tokens is None:
         return draws
     key = f"suites.{run.item}.max_new_tokens"

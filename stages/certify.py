@@ -41,6 +41,7 @@ from dualign.core.records import (
 from dualign.core.schema import PROMPTS, read_table
 from dualign.evaluation.rollout import Scorers
 from dualign.lm.card import HEAD, MODEL
+from dualign.lm.engines.interface import Decoding
 from dualign.math.constraints import Constraint, prices_in
 from dualign.params.certify import CertifyParams, CertifyRun
 from dualign.stage import Run, execute, finished
@@ -78,7 +79,9 @@ def main(run: Run[CertifyParams]) -> None:
     plan = None if seen is None else screening.sequence(screening.read(seen))
     row = row if plan is None else row.model_copy(update={"weights": list(plan.weights)})
     candidates = candidate_policies(row, MODELS, scratch)
-    evidence = CandidateEvidence(candidates, params, prompts, scorers, scratch, plan)
+    evidence = CandidateEvidence(
+        candidates, params, prompts, scorers, scratch, plan, Decoding.of(row)
+    )
     terms = Terms(
         candidates=list(candidates),
         requirements=required,
@@ -106,7 +109,7 @@ def main(run: Run[CertifyParams]) -> None:
         else:
             shutil.copytree(evidence.policy(issued.returned), policy)
         (policy / "README.md").write_text(card(issued))
-    run.metrics(as_row(describe(issued, evidence)))
+    run.metrics(as_row(describe(issued, row, evidence)))
     finished(scratch)
 
 
@@ -197,13 +200,15 @@ def copy_into(folder: Path, evidence: Evidence) -> Evidence:
     return Evidence(copies[0], copies[1])
 
 
-def describe(found: Certificate, evidence: CandidateEvidence) -> Certified:
+def describe(found: Certificate, row: CertifyRun, evidence: CandidateEvidence) -> Certified:
     """The certificate as metrics: what it says, each test, the prompts that a failed one needs."""
     return Certified(
         returned=found.returned,
         statement=found.statement,
         delta=found.delta,
         max_new_tokens=found.max_new_tokens,
+        temperature=row.temperature,
+        top_p=row.top_p,
         requirements=[RequirementRow(**required.model_dump()) for required in found.requirements],
         candidates=list(found.candidates),
         tests=[describe_test(test, found, evidence) for test in found.tested],
@@ -236,6 +241,7 @@ def card(found: Certificate) -> str:
         if found.returned is None
         else MODEL
     )
+    decoding = found.decoding or "drawn at temperature 1"
     return f"""{HEAD}
 # {"No certified policy" if found.returned is None else found.returned}
 
@@ -243,8 +249,8 @@ def card(found: Certificate) -> str:
 
 Tested on {found.tested[0].checks[0].prompts} prompts that neither training nor search has seen, \
 safest candidate first.
-The statement is about prompts like these and answers drawn at temperature 1; one that was cut is \
-judged as it stands.
+The statement is about prompts like these and answers {decoding}; one that was cut is judged as it \
+stands.
 `dualign certify verify` recomputes it from the saved answers. {use}
 """
 

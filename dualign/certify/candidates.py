@@ -23,6 +23,7 @@ from dualign.core.schema import ANSWERS, LABELS, REWEIGHTED, read_table
 from dualign.data.labelling import truth, vote
 from dualign.evaluation.against_optimum import add_truth, means
 from dualign.evaluation.rollout import Scorers, kept_answers, log_ratios, roll_out
+from dualign.lm.engines.interface import PLAIN, Decoding
 from dualign.lm.merge import merge
 from dualign.lm.mixture import Mixture, Policy, policy_at
 from dualign.lm.publish import publish
@@ -83,7 +84,7 @@ class CandidateEvidence:
     """Draws and keeps what each candidate is judged by; what lies in `scratch` is not drawn again.
 
     `plan` says how many answers a prompt each draws, and who draws those of all later ones; None:
-    `samples_per_prompt`."""
+    `samples_per_prompt`. They are drawn at `decoding`."""
 
     def __init__(
         self,
@@ -93,12 +94,14 @@ class CandidateEvidence:
         scorers: Scorers,
         scratch: Path,
         plan: Planned | None = None,
+        decoding: Decoding = PLAIN,
     ) -> None:
         self._policies = policies
         self._params = params
         self._prompts = prompts
         self._scorers = scorers
         self._scratch = scratch
+        self._decoding = decoding
         self._world = bool((prompts["source"] == "world").all())
 
         names = list(policies)
@@ -161,6 +164,7 @@ class CandidateEvidence:
         drawn = roll_out(
             policy, self._prompts, self._scorers,
             count=count, max_new_tokens=params.max_new_tokens, seed=params.seed,
+            decoding=self._decoding,
         )  # fmt: skip
         return add_truth(drawn) if self._world else drawn
 
@@ -196,6 +200,7 @@ def screen(
             count=options.samples_per_prompt,
             max_new_tokens=params.max_new_tokens,
             seed=params.seed,
+            decoding=Decoding.of(row),
         )
         q = None if name == row.fallback != row.policy else candidate.q
         shown = [_shown(required, answers) for required in screened]

@@ -7,8 +7,8 @@ prompts that nothing else has seen, and a candidate is certified if U <= limit
     dualign certify verify
 
 recomputes certificates from the saved answers (`dualign.certify.verification`). That prompts were
-kept from training and search, and that order, limits and range were chosen before the answers were
-drawn, is assumed."""
+kept from training and search, that order, limits and range were chosen before the answers were
+drawn, and that they were drawn at the decoding of `plan`, is assumed."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ from dualign.certify.sequence import CandidateTest, decide
 from dualign.core.artifacts import read_json, write_json
 from dualign.core.errors import DataError
 from dualign.core.records import WholeRecord, fault
+from dualign.core.units import decoding_in_words
 from dualign.params.base import Share
 from dualign.params.certify import CertifyRun
 
@@ -94,6 +95,11 @@ class Certificate(WholeRecord):
     versions: dict[str, str]
 
     @property
+    def decoding(self) -> str:
+        """How the answers were drawn, in words; empty where it was from the policies themselves."""
+        return decoding_in_words(self.plan.temperature, self.plan.top_p) if self.plan else ""
+
+    @property
     def statement(self) -> str:
         """What it says, in one line."""
         last = next((test for test in self.tested if test.name == self.returned), self.tested[0])
@@ -113,8 +119,10 @@ class Certificate(WholeRecord):
     def answers(self, name: str) -> str:
         """What the answers of a tested candidate are, in words."""
         share = f"{100 * self.ended[name]:.4g} %"
+        drawn = f" {self.decoding}" if self.decoding else ""
         return (
-            f"answers of at most {self.max_new_tokens} tokens, of which {share} ended by themselves"
+            f"answers of at most {self.max_new_tokens} tokens{drawn}, of which {share} ended by"
+            " themselves"
         )
 
 

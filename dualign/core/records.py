@@ -415,12 +415,14 @@ class CandidateTest(Record):
 
 
 class Certified(Record):
-    """reports/metrics/certify/NAME.json."""
+    """reports/metrics/certify/NAME.json. It is about answers drawn at `temperature` and `top_p`."""
 
     returned: str | None
     statement: str
     delta: float
     max_new_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
     requirements: list[RequirementRow]
     candidates: list[str]
     tests: list[CandidateTest]

@@ -1,4 +1,4 @@
-"""Numbers as people read them in a log."""
+"""Numbers as people read them."""
 
 from __future__ import annotations
 
@@ -24,3 +24,16 @@ def flop_rate(rate: float) -> str:
     ('3.2 TFLOP/s', '5.4 GFLOP/s', '0.0 GFLOP/s')
     """
     return f"{rate / 1e12:.1f} TFLOP/s" if rate >= 1e12 else f"{rate / 1e9:.1f} GFLOP/s"
+
+
+def decoding_in_words(temperature: float, top_p: float) -> str:
+    """How answers were drawn; nothing where it is from the policy itself.
+
+    >>> [decoding_in_words(*given) for given in ((1.0, 1.0), (0.0, 1.0), (1.0, 0.9), (0.7, 0.9))]
+    ['', 'drawn greedily', 'drawn at top-p 0.9', 'drawn at temperature 0.7 and top-p 0.9']
+    """
+    if temperature == 0:
+        return "drawn greedily"
+    named = (("temperature", temperature), ("top-p", top_p))
+    changed = " and ".join(f"{name} {value:g}" for name, value in named if value != 1)
+    return f"drawn at {changed}" if changed else ""

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from dualign.core.artifacts import write_parquet
 from dualign.core.schema import ANSWERS, Message, read_table
 from dualign.evaluation.stats import Measurement, clustered_mean, within_variance
+from dualign.lm.engines.interface import PLAIN, Decoding
 from dualign.lm.mixture import Policy
 from dualign.lm.models import load_policy, load_tokenizer
 from dualign.lm.sampling import Draws, draw, log_probabilities
@@ -75,15 +76,18 @@ def roll_out(
     count: int,
     max_new_tokens: int,
     seed: int,
+    decoding: Decoding = PLAIN,
 ) -> pd.DataFrame:
-    """`count` answers of `policy` to each prompt: schema POOL, and the policy's own logp.
+    """`count` answers of `policy` to each prompt: schema POOL, and the policy's own logp, whatever
+    the decoding.
 
     An answer that was cut at `max_new_tokens` is scored as it stands, without EOS.
     """
     tokenizer = scorers.tokenizer
     resources = scorers.resources
     encoded = encode_prompts(tokenizer, prompts["prompt"].tolist())
-    drawn = draw(policy, tokenizer, encoded, Draws(count, max_new_tokens, seed), resources)
+    wanted = Draws(count, max_new_tokens, seed, decoding)
+    drawn = draw(policy, tokenizer, encoded, wanted, resources)
     index = [answer.prompt for answer in drawn]
     frame = pd.DataFrame(
         {

@@ -20,7 +20,7 @@ from dualign.core.work import Work
 from dualign.lm.batches import by_length
 from dualign.lm.engines import generate
 from dualign.lm.engines.check import check
-from dualign.lm.engines.interface import Answer, Request, row_seed, seed_for
+from dualign.lm.engines.interface import PLAIN, Answer, Decoding, Request, row_seed, seed_for
 from dualign.lm.engines.table import ENGINES
 from dualign.lm.flops import Tokens, reading_flop, size_of
 from dualign.lm.loading import check_context, context_of
@@ -46,16 +46,16 @@ class Sample:
 
 @dataclass(frozen=True)
 class Draws:
-    """What to draw: answers to each prompt, their longest, the seed, and for evaluations another
-    temperature; at 0 the likeliest token is taken each time. `key` is the param that says how long.
+    """What to draw: answers to each prompt, their longest, the seed, and how they are drawn. `key`
+    is the param that says how long.
 
-    Whatever is not drawn at temperature 1 has another law than the policy, so no estimate of a cost
-    that a dual or a certificate rests on may be made of it."""
+    Whatever is drawn at another decoding has another law than the policy: no dual and no search may
+    rest on it, and a certificate that does is about that decoding."""
 
     count: int
     max_new_tokens: int
     seed: int
-    temperature: float = 1.0
+    decoding: Decoding = PLAIN
     key: str = "generation.max_new_tokens"
 
 
@@ -67,12 +67,12 @@ def draw(
     resources: Resources,
 ) -> list[Sample]:
     """Answers to prompts (token ids), drawn from the policy itself by `resources.engine`: T = 1, no
-    truncation of its tail. At another temperature `generate` draws.
+    truncation of its tail. At another decoding `generate` draws.
 
     Returned in order of prompt, then draw, in however many processes. A sample of the answers of
     every engine but `generate` is checked against our own log-probabilities; raises ModelError
     where they differ."""
-    name = resources.engine if wanted.temperature == 1.0 else "generate"
+    name = resources.engine if wanted.decoding == PLAIN else "generate"
     engine = ENGINES[name]
 
     def answers(model: torch.nn.Module, request: Request) -> list[Answer]:
@@ -179,7 +179,7 @@ def _drawn(
         ends=[],
         max_new_tokens=wanted.max_new_tokens,
         batch_size=batch_size,
-        temperature=wanted.temperature,
+        decoding=wanted.decoding,
         key=wanted.key,
     )
     drawn = _answered(policy, tokenizer, request, answers)

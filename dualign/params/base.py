@@ -24,6 +24,9 @@ Share = Annotated[float, Field(ge=0, le=1)]
 #: The address of a server, in which no user, key or query stands.
 ADDRESS = re.compile(r"https?://[^/?#@]+(/[^?#@]*)?")
 
+#: Below this, dividing by the temperature overflows.
+COLDEST = 0.01
+
 NO_ADDRESS = "an address is http(s)://HOST:PORT/v1, without user, key or query"
 #: Quantities that are 0 or 1, so that their mean is a share of the answers.
 SHARES = ("p_unsafe", "unended")
@@ -38,6 +41,24 @@ class Frozen(BaseModel):
     """A section: immutable, strict types, no unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class DecodingParams(Frozen):
+    """How answers are drawn; by default from the policy itself.
+
+    `temperature` 0 takes the likeliest token each time. `top_p` leaves of each token's distribution
+    the likeliest tokens that hold this probability together."""
+
+    temperature: Annotated[float, Field(ge=0, le=10)] = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+
+    @model_validator(mode="after")
+    def _check_decoding(self) -> Self:
+        if 0 < self.temperature < COLDEST:
+            raise ValueError(f"temperature is 0, which is greedy, or at least {COLDEST}")
+        if self.temperature == 0 and self.top_p < 1:
+            raise ValueError("top_p must be 1 at temperature 0, which takes the likeliest token")
+        return self
 
 
 class StageParams(Frozen):

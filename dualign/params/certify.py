@@ -7,15 +7,26 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from dualign.core.names import Inside, Model, RunName
-from dualign.params.base import MOST, Count, Few, Frozen, Number, Positive, Seed, StageParams
+from dualign.params.base import (
+    MOST,
+    Count,
+    DecodingParams,
+    Few,
+    Frozen,
+    Number,
+    Positive,
+    Seed,
+    StageParams,
+)
 
 
-class CertifyRun(Frozen):
+class CertifyRun(DecodingParams):
     """What one certificate may return, safest first: `fallback`, then merges by `weights`.
 
     All are folders under models/. With `partner` the policy at multiplier 0, a larger q is safer:
     it stands for q times the policy's multiplier. Name the policy itself as fallback for none, and
-    as partner for none, with weight 1 alone."""
+    as partner for none, with weight 1 alone. What is certified is how the policy answers at this
+    decoding, which is that of its deployment."""
 
     policy: Model
     partner: Model
@@ -109,4 +120,21 @@ class CertifyParams(StageParams):
             raise ValueError(
                 f"labels.prompts {self.labels.prompts} must be at most prompts {self.prompts}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_decodings(self) -> CertifyParams:
+        for name, run in self.runs.items():
+            screen = self.screen if len(run.weights) > 1 else None
+            if run.temperature == 0 and (screen is not None or self.samples_per_prompt > 1):
+                raise ValueError(
+                    f"runs.{name}: temperature 0 gives the same answer each time; set"
+                    " samples_per_prompt to 1 and screen to null"
+                )
+            drawn_otherwise = run.temperature != 1 or run.top_p != 1
+            if drawn_otherwise and screen is not None and screen.reweigh:
+                raise ValueError(
+                    f"runs.{name}: answers are weighed by the probabilities of temperature 1 and"
+                    " top_p 1 alone; set screen.reweigh to false"
+                )
         return self

@@ -26,6 +26,7 @@ from dualign.core.records import (
     read_optional_record,
     read_record,
 )
+from dualign.core.units import decoding_in_words
 from dualign.evaluation.measures import MEASURES
 from dualign.lm.card import HEAD
 from dualign.lm.mixture import FILE as MIXTURE
@@ -285,19 +286,28 @@ def _data(policy: Published) -> str:
 
 
 def _limits(policy: Published) -> str:
+    drawn = decoding_in_words(*_decoding(policy)) or "drawn at temperature 1"
+    known = "measured" if policy.certificate is None else "certified"
     return (
         "## Limits\n\nThe limit is on an *expected* cost by a learned cost model: single answers"
         " may"
         " be harmful, and more so where somebody tries. Prompts of another kind, another language,"
-        " a system prompt or sampling at another temperature than 1 are outside of what was"
-        " measured."
+        f" a system prompt or answers that are not {drawn} are outside of what was {known}."
     )
+
+
+def _decoding(policy: Published) -> tuple[float, float]:
+    """Temperature and top-p of what is known of the policy: those of its certificate, or 1."""
+    found = policy.certificate
+    return (1.0, 1.0) if found is None else (found.temperature, found.top_p)
 
 
 def _loading(policy: Published, name: str, base: str | None) -> str:
     if (policy.root / "models" / policy.folder / MIXTURE).is_file():
         return "## How to load\n\nSee above: it is a mixture of policies."
     longest = 256 if policy.row is None else policy.row.max_new_tokens
+    temperature, top_p = _decoding(policy)
+    how = f"do_sample=True, temperature={temperature}, top_p={top_p}, top_k=0"
     return f"""## How to load
 
 ```python
@@ -308,7 +318,7 @@ policy = AutoModelForCausalLM.from_pretrained("{name}")
 chat = [{{"role": "user", "content": "..."}}]
 ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, \
 return_tensors="pt", return_dict=True)
-answer = policy.generate(**ids, do_sample=True, temperature=1.0, top_p=1.0, top_k=0, \
+answer = policy.generate(**ids, {how if temperature else "do_sample=False"}, \
 max_new_tokens={longest})
 ```
 

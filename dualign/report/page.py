@@ -18,6 +18,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from dualign.core.artifacts import replacing
+from dualign.core.units import decoding_in_words
 from dualign.params.report import ReportParams
 from dualign.report import formatting
 from dualign.report.diagnosis import is_tilt
@@ -128,5 +129,6 @@ def _environment() -> Environment:
     named = ("number", "precise", "percent", "signed", "plural", "compact", "duration", "memory")
     environment.globals |= {name: getattr(formatting, name) for name in named}
     environment.globals["is_tilt"] = is_tilt
+    environment.globals["decoding"] = decoding_in_words
     environment.filters["number"] = formatting.number
     return environment

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dualign.core.errors import ParamsError
 from dualign.core.schema import user
 from dualign.lm import packing
+from dualign.lm.engines.interface import Decoding
 from dualign.lm.models import build_scratch
 from dualign.lm.numerics import in_precision
 from dualign.lm.sampling import (
@@ -321,7 +322,7 @@ def test_at_temperature_0_the_likeliest_token_is_taken_each_time(
     try:
         for seed, batch_size in ((0, 1), (1, 3)):
             resources = RESOURCES.model_copy(update={"sampling_batch_size": batch_size})
-            answers = draw(model, tokenizer, prompts, Draws(1, 5, seed, 0.0), resources)
+            answers = draw(model, tokenizer, prompts, Draws(1, 5, seed, Decoding(0.0)), resources)
             for prompt, one in zip(prompts, answers, strict=True):
                 for at, token in enumerate(one.tokens):
                     before = [*prompt, *one.tokens[:at]]
@@ -334,10 +335,27 @@ def test_another_temperature_gives_its_own_distribution(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]]
 ) -> None:
     resources = RESOURCES.model_copy(update={"sampling_batch_size": DRAWS})
-    drawn = draw(model, tokenizer, prompts[:1], Draws(DRAWS, 1, 1, 2.0), resources)
+    drawn = draw(model, tokenizer, prompts[:1], Draws(DRAWS, 1, 1, Decoding(2.0)), resources)
     counts = Counter(one.tokens[0] for one in drawn)
     p = next_token(model, prompts[0])
     assert chi_square(counts, (p.log() / 2).softmax(-1), DRAWS) < 1.5 < chi_square(counts, p, DRAWS)
+
+
+def test_top_p_leaves_the_likeliest_tokens_in_their_proportion(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]]
+) -> None:
+    """At a temperature it is the share of the probability at that temperature."""
+    resources = RESOURCES.model_copy(update={"sampling_batch_size": DRAWS})
+    wanted = Draws(DRAWS, 1, 1, Decoding(temperature=1.5, top_p=0.6))
+    drawn = draw(model, tokenizer, prompts[:1], wanted, resources)
+    counts = Counter(one.tokens[0] for one in drawn)
+    p = (next_token(model, prompts[0]).log() / 1.5).softmax(-1)
+    ranked = p.sort(descending=True)
+    enough = int((ranked.values.cumsum(0) < 0.6).sum()) + 1
+    nucleus = torch.zeros_like(p)
+    nucleus[ranked.indices[:enough]] = ranked.values[:enough]
+    assert 1 < enough < len(p) / 2
+    assert chi_square(counts, nucleus / nucleus.sum(), DRAWS) < 1.5 < chi_square(counts, p, DRAWS)
 
 
 # --- the context, and bf16 ------------------------------------------------------------------------

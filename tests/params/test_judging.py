@@ -83,6 +83,12 @@ def test_the_example_of_the_guide_is_valid(content: Content) -> None:
         ("judges.ours.suites", ["cups"], "judges.ours.suites: 'cups' is not one of ['tea']"),
         ("suites.tea.temperature", -1.0, "suites.tea.temperature: input should be greater than"),
         ("suites.tea.temperature", 1e-9, "suites.tea: temperature is 0, which is greedy, or at l"),
+        ("suites.tea.top_p", 0.0, "suites.tea.top_p: input should be greater than 0"),
+        (
+            "suites.tea",
+            {**SUITE, "temperature": 0.0, "top_p": 0.9},
+            "suites.tea: top_p must be 1 at temperature 0",
+        ),
         ("suites.tea.max_new_tokens", 0, "suites.tea.max_new_tokens: input should be greater"),
         ("suites.tea.stop", "USER", "suites.tea.stop: input should be a valid list"),
         ("suites.tea.stop", [""], "suites.tea.stop.0: string should have at least 1 character"),

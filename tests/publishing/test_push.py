@@ -143,6 +143,21 @@ def test_the_certificate_is_the_one_that_came_with_the_policy(run: Path) -> None
     write_json(run / "reports/metrics/certify/strict.json", as_row(found))
     assert "Kept. Such a test" in policy_card(published(run, "certified/strict"), "o/it").text
     assert "None: this policy was not tested" in policy_card(published(run, "sft"), "o/it").text
+    card_of = policy_card(published(run, "certified/strict"), "o/it").text
+    assert "do_sample=True, temperature=1.0, top_p=1.0" in card_of
+    for how, said, call in (
+        (
+            {"temperature": 0.7, "top_p": 0.9},
+            "drawn at temperature 0.7 and top-p 0.9",
+            "temperature=0.7",
+        ),
+        ({"temperature": 0.0}, "drawn greedily", "**ids, do_sample=False, max"),
+    ):
+        write_json(run / "reports/metrics/certify/strict.json", as_row(found) | how)
+        card_of = policy_card(published(run, "certified/strict"), "o/it").text
+        assert f"answers that are not {said} are outside of what was certified" in card_of
+        assert call in card_of
+    write_json(run / "reports/metrics/certify/strict.json", as_row(found))
     issued = certificate_of("strict", files(run / "models/certified/strict"))
     write_json(run / "reports/certificate/strict/certificate.json", issued.model_dump())
     assert published(run, "certified/strict").certificate == found

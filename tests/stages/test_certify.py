@@ -4,6 +4,7 @@ certified policy.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -30,16 +31,18 @@ from dualign.core.errors import AwaitingLabels, DataError, DualignError
 from dualign.core.schema import ANSWERS, LABELS, PROMPTS, prompt_id, read_table, user
 from dualign.data import world
 from dualign.evaluation.stats import clustered_mean
-from dualign.lm.models import load_policy
+from dualign.lm.models import load_policy, load_tokenizer
+from dualign.lm.tokens import encode_prompts
 from dualign.math.bounds import sample_size
 from dualign.params.base import Resources
 from dualign.params.certify import CertifyParams, CertifyRun, LabelParams, ScreenParams
 from dualign.params.evaluate import EvaluateParams
-from dualign.params.loading import load
+from dualign.params.loading import check, load
 from dualign.report.comparison import compare
 from dualign.stage import Run
 from stages.certify import main
 from stages.evaluate import main as evaluate
+from tests import shipped
 from tests.stages.conftest import save_scorers
 from tests.written import solved
 
@@ -244,6 +247,56 @@ def test_the_certificate_tells_where_answers_were_cut_and_how_many_ended(
         assert metrics()["max_new_tokens"] == 40
         assert metrics()["tests"][0]["ended"]["mean"] == pytest.approx(share)
     assert found.tested[0].checks[1].estimate == pytest.approx(1 - share)
+
+
+def test_what_is_certified_is_how_a_row_draws(resources: Resources) -> None:
+    """Greedily each prompt has one answer, the likeliest token at a time; the certificate is about
+    these, and log-probabilities stay those of the policy.
+    """
+    alone = {"weights": [1.0], "partner": "reward_dpo/helpful", "fallback": "reward_dpo/helpful"}
+    main(run_of(resources, row={**alone, "temperature": 0.0}, samples_per_prompt=1))
+    found = verify("reports/certificate/it/certificate.json")
+    assert "for answers of at most 6 tokens drawn greedily, of which" in found.statement
+    assert "answers drawn greedily; one that was cut" in (
+        Path("models/certified/it/README.md").read_text()
+    )
+    assert (metrics()["temperature"], metrics()["top_p"]) == (0.0, 1.0)
+    answers = read_table("reports/certificate/it/00-answers.parquet", ANSWERS)
+    assert_greedy(answers, load_policy("models/reward_dpo/helpful", resources))
+
+    main(run_of(resources, row={**alone, "temperature": 0.5, "top_p": 0.9}))
+    found = verify("reports/certificate/it/certificate.json")
+    assert "tokens drawn at temperature 0.5 and top-p 0.9, of which" in found.statement
+    main(run_of(resources, row=alone))
+    assert "tokens, of which" in verify("reports/certificate/it/certificate.json").statement
+
+
+def assert_greedy(answers: pd.DataFrame, policy: torch.nn.Module) -> None:
+    """Each token of each answer is the likeliest, and `logp` the sum of their log-probabilities."""
+    prompts = encode_prompts(load_tokenizer("models/sft"), answers["prompt"].tolist())
+    for prompt, row in zip(prompts, answers.itertuples(), strict=True):
+        ids = torch.tensor([[*prompt, *map(int, row.tokens)]])
+        with torch.inference_mode():
+            logp = policy(input_ids=ids).logits[0, len(prompt) - 1 : -1].double().log_softmax(-1)
+        assert logp.argmax(-1).tolist() == list(row.tokens)
+        assert row.logp == pytest.approx(float(logp.max(-1).values.sum()), abs=1e-4)
+
+
+def test_a_decoding_that_cannot_be_tested_so_is_refused() -> None:
+    content = shipped.preset("default")
+    row = content["certify"]["runs"]["dualign"]
+    for change, told in (
+        ({"temperature": 0.0}, "temperature 0 gives the same answer each time; set samples_per"),
+        ({"temperature": 0.7}, "answers are weighed by the probabilities of temperature 1 and"),
+        ({"top_p": 0.9}, "top_p 1 alone; set screen.reweigh to false"),
+        ({"temperature": -1.0}, "temperature: input should be greater than or equal to 0"),
+    ):
+        content["certify"]["runs"]["dualign"] = {**row, **change}
+        with pytest.raises(DualignError, match=f"certify.*runs.dualign.*{told}"):
+            check(copy.deepcopy(content), "params.yaml")
+    content["certify"]["screen"]["reweigh"] = False
+    content["certify"]["runs"]["dualign"] = {**row, "temperature": 0.7, "top_p": 0.9}
+    check(copy.deepcopy(content), "params.yaml")
 
 
 def test_a_merge_extrapolates(resources: Resources) -> None:

@@ -48,16 +48,15 @@ def answer(
 
 
 def decoding(request: Request, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
-    """The policy's own distribution at a temperature, tail and all; at 0 the likeliest token."""
+    """What is drawn; at temperature 0 the likeliest token."""
     shared: dict[str, Any] = {
         "max_new_tokens": request.max_new_tokens,
         "eos_token_id": list(request.ends),
         "pad_token_id": tokenizer.pad_token_id,
     }
-    if request.temperature == 0:
+    if request.decoding.temperature == 0:
         return GenerationConfig(do_sample=False, **shared)
-    drawn = {"temperature": request.temperature, "top_k": 0, "top_p": 1.0}
-    return GenerationConfig(do_sample=True, **drawn, **shared)
+    return GenerationConfig(do_sample=True, top_k=0, **request.decoding._asdict(), **shared)
 
 
 @contextlib.contextmanager

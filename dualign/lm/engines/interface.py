@@ -1,19 +1,39 @@
 """What every sampling engine takes and gives.
 
-An engine draws from the policy itself: temperature 1, no truncation of its tail, no penalty."""
+An engine draws from the policy itself: temperature 1, no truncation of its tail, no penalty. Only
+`generate` takes another `Decoding`."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from dualign.params.base import Resources
+from dualign.params.base import DecodingParams, Resources
+
+
+class Decoding(NamedTuple):
+    """How answers are drawn: as `dualign.params.base.DecodingParams`; by default from the policy
+    itself.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+
+    @classmethod
+    def of(cls, params: DecodingParams) -> Decoding:
+        """That of a row of params."""
+        return cls(params.temperature, params.top_p)
+
+
+#: What every estimate but a certificate's and a suite's rests on.
+PLAIN = Decoding()
 
 
 @dataclass(frozen=True)
@@ -23,7 +43,7 @@ class Request:
     `prompts` are token ids. `seeds` say what each row draws, whatever its batch, and `seed` what
     all draw together, for an engine that has one generator. An answer stops with the first token
     of `ends`, or at `max_new_tokens`, which the param `key` says. At most `batch_size` rows are
-    under way at a time. Only `generate` takes a `temperature`."""
+    under way at a time."""
 
     prompts: Sequence[Sequence[int]]
     seeds: Sequence[int]
@@ -31,7 +51,7 @@ class Request:
     ends: Sequence[int]
     max_new_tokens: int
     batch_size: int
-    temperature: float = 1.0
+    decoding: Decoding = PLAIN
     key: str = "generation.max_new_tokens"
 
     def of(self, rows: Sequence[int], seed: int) -> Request:
