@@ -30,10 +30,10 @@ def decoding_in_words(temperature: float, top_p: float) -> str:
     """How answers were drawn; nothing where it is from the policy itself.
 
     >>> [decoding_in_words(*given) for given in ((1.0, 1.0), (0.0, 1.0), (1.0, 0.9), (0.7, 0.9))]
-    ['', 'drawn greedily', 'drawn at top-p 0.9', 'drawn at temperature 0.7 and top-p 0.9']
+    ['', 'drawn greedily', 'drawn at top_p 0.9', 'drawn at temperature 0.7 and top_p 0.9']
     """
     if temperature == 0:
         return "drawn greedily"
-    named = (("temperature", temperature), ("top-p", top_p))
+    named = (("temperature", temperature), ("top_p", top_p))
     changed = " and ".join(f"{name} {value:g}" for name, value in named if value != 1)
     return f"drawn at {changed}" if changed else ""

@@ -148,7 +148,7 @@ def test_the_certificate_is_the_one_that_came_with_the_policy(run: Path) -> None
     for how, said, call in (
         (
             {"temperature": 0.7, "top_p": 0.9},
-            "drawn at temperature 0.7 and top-p 0.9",
+            "drawn at temperature 0.7 and top_p 0.9",
             "temperature=0.7",
         ),
         ({"temperature": 0.0}, "drawn greedily", "**ids, do_sample=False, max"),

@@ -260,14 +260,14 @@ def test_a_certificate_at_another_decoding_is_told_apart_from_the_other_figures(
     certified: Callable[..., Run],
 ) -> None:
     root, params = certified([-0.6, -0.3, -0.1])
-    assert "All other figures" not in render(root, params).within("id", "verdict")
+    assert "But for its own table" not in render(root, params).within("id", "verdict")
     path = root / "reports/metrics/certify/dualign.json"
     write_json(path, read_json(path) | {"temperature": 0.7, "top_p": 0.9})
     page = render(root, params)
-    how = "drawn at temperature 0.7 and top-p 0.9"
+    how = "drawn at temperature 0.7 and top_p 0.9"
     verdict = page.within("id", "verdict")
     assert f"by answers of at most 48 tokens {how}, 98% of which ended" in verdict
-    assert f"The certificate is about answers {how}. All other figures" in verdict
+    assert f"The certificate is about answers {how}. But for its own table" in verdict
     assert f"It is about answers of at most 48 tokens {how}," in page.within("id", "certificate")
 
 

@@ -266,7 +266,7 @@ def test_what_is_certified_is_how_a_row_draws(resources: Resources) -> None:
 
     main(run_of(resources, row={**alone, "temperature": 0.5, "top_p": 0.9}))
     found = verify("reports/certificate/it/certificate.json")
-    assert "tokens drawn at temperature 0.5 and top-p 0.9, of which" in found.statement
+    assert "tokens drawn at temperature 0.5 and top_p 0.9, of which" in found.statement
     main(run_of(resources, row=alone))
     assert "tokens, of which" in verify("reports/certificate/it/certificate.json").statement
 
