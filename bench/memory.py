@@ -160,7 +160,7 @@ def laid_out(given: Settings, folder: Path) -> None:
     resources = dpo_speed.uninterrupted("cpu", given.precision)
     save(with_lora(load_policy(sft, resources), lora, 0), tokenizer, folder / "policy")
     for name in ("reward_model", "cost_model"):
-        backbone = load_scorer_backbone(str(sft), tokenizer, resources, 0, trained=False)
+        backbone = load_scorer_backbone(str(sft), tokenizer, resources, trained=False)
         model = with_lora(backbone, lora, 0, head=True)
         Scorer(model.eval(), tokenizer, Platt()).save(folder / name)
 

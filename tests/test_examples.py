@@ -92,7 +92,7 @@ def shelf(tmp_path: Path, repo_root: Path) -> Path:
     resources = load_resources(repo_root / "params.yaml").model_copy(
         update={"device": "cpu", "precision": "fp32"}
     )
-    guard = load_scorer_backbone(str(tmp_path / "models" / "base"), tokenizer, resources, 0)
+    guard = load_scorer_backbone(str(tmp_path / "models" / "base"), tokenizer, resources)
     with torch.no_grad():
         for weight in guard.parameters():
             if weight.dim() > 1:

@@ -442,7 +442,6 @@ def load_scorer_backbone(
     path: str,
     tokenizer: PreTrainedTokenizerBase,
     resources: Resources,
-    seed: int,
     *,
     trained: bool = True,
 ) -> PreTrainedModel:
@@ -450,7 +449,7 @@ def load_scorer_backbone(
 
     A head that the checkpoint has is kept; a fresh one begins at zero. `trained` as for
     `load_policy`."""
-    with seeded(seed):
+    with seeded(0):  # a head is drawn before it is set to zero, and nobody else's draws may move
         model, missing = load_reported(
             AutoModelForSequenceClassification, path, dtype="auto", fresh=("score.",), num_labels=1
         )

@@ -64,9 +64,7 @@ def _trained(
     params = run.params
     backbone = str(REFERENCE) if params.backbone == "sft" else params.backbone
     tokenizer = load_tokenizer(backbone)
-    base = load_scorer_backbone(
-        backbone, tokenizer, run.resources, params.seed, trained=params.lora.rank == 0
-    )
+    base = load_scorer_backbone(backbone, tokenizer, run.resources, trained=params.lora.rank == 0)
     model = with_lora(base, params.lora, params.seed, head=True)
     high = _HIGH[meaning]
     low = "rejected" if high == "chosen" else "chosen"

@@ -202,8 +202,8 @@ def scored(settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     )
     for seed, name in enumerate(("sft", *search_cost.SHARED, "lambda_path/strict")):
         save(build_scratch(SCRATCH, tokenizer, seed), tokenizer, Path("models") / name)
-    for seed, name in enumerate(("reward_model", "cost_model")):
-        backbone = load_scorer_backbone("models/sft", tokenizer, resources, seed)
+    for name in ("reward_model", "cost_model"):
+        backbone = load_scorer_backbone("models/sft", tokenizer, resources)
         torch.nn.init.normal_(backbone.score.weight, std=0.5)
         Scorer(backbone, tokenizer, Platt(1.0, 0.0)).save(Path("models") / name)
     for name, places in (

@@ -235,7 +235,7 @@ def test_a_folder_without_a_model_is_refused_in_one_line(
             (folder / name).write_text(text)
     for load in (
         models.load_policy,
-        lambda path, how: models.load_scorer_backbone(str(path), tokenizer, how, 0),
+        lambda path, how: models.load_scorer_backbone(str(path), tokenizer, how),
     ):
         with pytest.raises(ModelError) as caught:
             load(folder, resources)
@@ -330,7 +330,7 @@ def test_adapters_come_back_on_their_base_and_can_be_trained_further(
 def test_a_fresh_scorer_scores_zero(
     policy: Path, tokenizer: PreTrainedTokenizerBase, resources: Resources
 ) -> None:
-    model = models.load_scorer_backbone(str(policy), tokenizer, resources, seed=1)
+    model = models.load_scorer_backbone(str(policy), tokenizer, resources)
     assert model(input_ids=IDS).logits.tolist() == [[0.0]]
     assert model.config.pad_token_id == tokenizer.pad_token_id
     adapted = models.with_lora(model, LORA, 0, head=True)

@@ -378,7 +378,7 @@ def test_scores_are_the_same_whether_their_model_is_trained_or_not(
     found = []
     for trained in (True, False):
         model = models.load_scorer_backbone(
-            str(folder), tokenizer, in_bf16(resources), 0, trained=trained
+            str(folder), tokenizer, in_bf16(resources), trained=trained
         )
         assert (
             isinstance(model.score, numerics.Fp32Score)

@@ -139,7 +139,7 @@ def test_a_scorer_on_it(
     device: str,
 ) -> None:
     own = resources.model_copy(update={"precision": precision, "device": device})
-    backbone = models.load_scorer_backbone(str(base), tokenizer, own, 0, trained=False)
+    backbone = models.load_scorer_backbone(str(base), tokenizer, own, trained=False)
     model = stirred(models.with_lora(backbone, LORA, 0, head=True))
     scorer = Scorer(model.eval(), tokenizer, Platt())
     asked = ([user("word1 and"), user("more")], ["word2", "and word3 more"])

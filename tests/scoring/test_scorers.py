@@ -57,7 +57,7 @@ def classifier(
     backbone: Path, tokenizer: PreTrainedTokenizerBase, resources: Resources
 ) -> PreTrainedModel:
     """A sequence classifier whose head is not zero any more."""
-    model = load_scorer_backbone(str(backbone), tokenizer, resources, seed=0)
+    model = load_scorer_backbone(str(backbone), tokenizer, resources)
     torch.nn.init.normal_(model.score.weight, generator=torch.Generator().manual_seed(1))
     return model.eval()
 
@@ -182,7 +182,7 @@ def test_a_scorer_of_adapters_computes_with_the_base_of_policies(
 ) -> None:
     own = resources.model_copy(update={"precision": precision})
     lora = LoraParams(rank=2, alpha=4.0, dropout=0.0, target_modules="all-linear", quantise=None)
-    trained = load_scorer_backbone(str(backbone), tokenizer, own, 0, trained=False)
+    trained = load_scorer_backbone(str(backbone), tokenizer, own, trained=False)
     model = with_lora(trained, lora, 0, head=True)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:

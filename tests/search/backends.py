@@ -61,10 +61,8 @@ PROMPTS = pd.DataFrame(
 PESSIMISTIC = PessimismParams(share=0.4, reward=2.0, cost=0.0)
 
 
-def scorer(
-    folder: Path, tokenizer: PreTrainedTokenizerBase, resources: Resources, seed: int
-) -> Any:
-    model = load_scorer_backbone(str(folder), tokenizer, resources, seed)
+def scorer(folder: Path, tokenizer: PreTrainedTokenizerBase, resources: Resources) -> Any:
+    model = load_scorer_backbone(str(folder), tokenizer, resources)
     torch.nn.init.normal_(model.score.weight, std=0.5)
     return model
 
@@ -148,8 +146,8 @@ def written_inputs(models: Path, resources: Resources) -> Inputs:
         with torch.no_grad():
             policy.lm_head.weight.mul_(20)
         save(policy, tokenizer, models / name)
-    for seed, name in enumerate(("reward_model", "cost_model")):
-        Scorer(scorer(models / "sft", tokenizer, resources, seed), tokenizer, Platt(1.0, 0.5)).save(
+    for name in ("reward_model", "cost_model"):
+        Scorer(scorer(models / "sft", tokenizer, resources), tokenizer, Platt(1.0, 0.5)).save(
             models / name
         )
     write_pairs(models / "prepared/safety_pairs.parquet", "safer_response_id", SAFETY_PAIRS)

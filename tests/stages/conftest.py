@@ -101,8 +101,8 @@ def save_scorers(
     names: Sequence[str] = ("reward_model", "cost_model"),
 ) -> None:
     """Scorers of random heads on `models/sft`, beside it."""
-    for seed, name in enumerate(names):
-        model = load_scorer_backbone("models/sft", tokenizer, resources, seed)
+    for name in names:
+        model = load_scorer_backbone("models/sft", tokenizer, resources)
         torch.nn.init.normal_(model.score.weight, std=0.5)
         Scorer(model, tokenizer, calibration).save(Path("models") / name)
 

@@ -220,7 +220,7 @@ def test_what_lies_in_local_folders_counts_for_the_fingerprint(
     named = params.model_copy(update={"backbone": "models/base"})
     one = Run("reward_model", None, named, resources)
     first = one.scratch(*local_inputs(named))
-    model = load_scorer_backbone(str(folder), tokenizer, resources, 0)
+    model = load_scorer_backbone(str(folder), tokenizer, resources)
     torch.nn.init.ones_(model.score.weight)
     save(model, tokenizer, folder)
     assert first != one.scratch(*local_inputs(named))

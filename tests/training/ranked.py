@@ -99,7 +99,7 @@ def classifier(folder: Path, how: Resources) -> Model:
     with by_one() as mine:
         if mine:
             save(policy(how, 7), TOKENIZER, folder)
-    model = load_scorer_backbone(str(folder), TOKENIZER, how, 1)
+    model = load_scorer_backbone(str(folder), TOKENIZER, how)
     torch.nn.init.normal_(model.score.weight, generator=torch.Generator().manual_seed(1))
     return model
 

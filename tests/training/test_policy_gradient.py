@@ -81,7 +81,7 @@ def scorers(
     resources = on_cpu()
 
     def scorer(seed: int) -> Scorer:
-        model = load_scorer_backbone(str(folder), tokenizer, resources, seed)
+        model = load_scorer_backbone(str(folder), tokenizer, resources)
         torch.nn.init.normal_(model.score.weight, generator=torch.Generator().manual_seed(seed))
         plain = Scorer(model, tokenizer, Platt())
         scores = plain.score([PROMPTS[0]] * len(tokenizer), words(tokenizer), batch_size=300)

@@ -880,7 +880,7 @@ def scorer(
 ) -> PreTrainedModel:
     if not folder.exists():
         save(policy(tokenizer), tokenizer, folder)
-    model = load_scorer_backbone(str(folder), tokenizer, resources, seed=0)
+    model = load_scorer_backbone(str(folder), tokenizer, resources)
     torch.nn.init.normal_(model.score.weight, generator=torch.Generator().manual_seed(0))
     return model
 
