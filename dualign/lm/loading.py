@@ -16,6 +16,7 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers.utils import cached_file
 
 from dualign.core.artifacts import listed
 from dualign.core.errors import ModelError, ParamsError
@@ -96,11 +97,16 @@ def load_reported(
     _check_report(path, report, fresh)
     if not getattr(config, MARK, False):  # which stores scales beside its weights
         _check_unused(path, model, sorted(report["unexpected_keys"]))
-    if dtype == "auto":
-        _as_stored(Path(path), model)
+    if dtype == "auto" and not gguf_file:
+        _as_stored(files_of(path, revision), model)
     _check_finite(path, model)
     _keep_head(path, model)
     return (_plain(model) if gguf_file else model), sorted(report["missing_keys"])
+
+
+def files_of(path: str | Path, revision: str | None = None) -> Path:
+    """The folder that holds a model's files: its own, or that of what was fetched for a hub id."""
+    return Path(str(cached_file(str(path), "config.json", revision=revision))).parent
 
 
 def load_config(

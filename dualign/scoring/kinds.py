@@ -22,12 +22,11 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import cached_file
 
 from dualign.core.artifacts import listed
 from dualign.core.errors import ModelError
 from dualign.core.schema import Message, user
-from dualign.lm.loading import load_config, load_model, require, with_adapter
+from dualign.lm.loading import files_of, load_config, load_model, require, with_adapter
 from dualign.lm.models import (
     adapter_base,
     fit_vocabulary,
@@ -193,10 +192,7 @@ def _load_safe_rlhf(place: Place, resources: Resources) -> Loaded:
     tokenizer.chat_template = SAFE_RLHF_TEMPLATE
     made_fit(tokenizer, place.path)
     backbone = load_model(AutoModel, place.path, dtype="auto", revision=place.revision)
-    folder = Path(
-        str(cached_file(place.path, "config.json", revision=place.revision))
-    ).parent  # with the weights now
-    held = _tensors(folder, ("score_head.weight", *_SCALARS))
+    held = _tensors(files_of(place.path, place.revision), ("score_head.weight", *_SCALARS))
     model = _headed(backbone, held.pop("score_head.weight", None), place.path)
     scalars = {name: tensor.float().item() for name, tensor in held.items()}
     return Loaded(

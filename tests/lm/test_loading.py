@@ -181,6 +181,26 @@ def test_the_head_of_a_scorer_is_reported_where_it_is_fresh(llama: Path) -> None
     assert missing == []
 
 
+def test_a_head_in_fp32_stays_so_from_a_folder_and_from_the_hub(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = tmp_path / "cache" / "models--nobody--scorer"
+    folder = kept / "snapshots" / ("0" * 40)
+    scorer, _ = loading.load_reported(
+        AutoModelForSequenceClassification, llama, dtype=torch.bfloat16, fresh=("score.",)
+    )
+    scorer.save_pretrained(folder)
+    head = torch.full((2, 16), 1 / 3)
+    change_weights(folder, lambda weights: weights.update({"score.weight": head}))
+    (kept / "refs").mkdir()
+    (kept / "refs" / "main").write_text(folder.name)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(kept.parent))
+    for path in (folder, "nobody/scorer"):
+        found = loading.load_model(AutoModelForSequenceClassification, path, dtype="auto")
+        assert torch.equal(found.score.weight, head)
+        assert found.model.norm.weight.dtype == torch.bfloat16
+
+
 def test_a_head_of_another_width_is_refused(llama: Path) -> None:
     options = {"dtype": torch.float32, "fresh": ("score.",)}
     three, _ = loading.load_reported(
