@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from dualign.core.records import (
     CostModelMetrics,
     Frontier,
     FrontierRow,
+    Multipliers,
     Pessimism,
     PriceRow,
     SolvedDual,
@@ -76,6 +78,8 @@ def main(run: Run[DualInitParams]) -> None:
     margin = with_margin(solution, params)
     error = read_record(COST_MODEL, CostModelMetrics).zero_error
     result = describe(solution, params, margin, prices, error, doubts(doubtful, raw))
+    if doubtful is not None:
+        result = result.model_copy(update={"as_scored": as_scored(raw, scored, params)})
     grid = sorted({*params.grid, solution.lam})
     believed = by_prompt(raw, "reward")  # what is shown is never lowered
     rows = solution.frontier(grid, length, reward=believed, level=params.cvar_level)
@@ -90,7 +94,7 @@ def main(run: Run[DualInitParams]) -> None:
         write_json(folder / "betas.json", as_row(betas))
         write_parquet(folder / "prompts.parquet", by_prompts(solution, prompts), DUAL_PROMPTS)
     _tell(solution, result, prices)
-    numbers = result.model_dump(exclude={"messages", "prices"})
+    numbers = result.model_dump(exclude={"messages": True, "prices": True, "as_scored": {"prices"}})
     run.metrics(numbers | {"prices": {price.constraint.name: price.lam for price in prices}})
 
 
@@ -112,6 +116,23 @@ def solve_at(beta: float, pool: pd.DataFrame, scored: Scored, params: DualInitPa
         seed=params.seed,
     )
     return solution, prices
+
+
+def as_scored(pool: pd.DataFrame, scored: Scored, params: DualInitParams) -> Multipliers:
+    """The dual of a pool with its scores as they are: of methods that train on pairs, which doubt
+    none. `scored` is the rest of the pool.
+    """
+    believed = replace(scored, reward=by_prompt(pool, "reward"), cost=by_prompt(pool, "cost"))
+    solution, prices = solve_at(params.beta, pool, believed, params)
+    margin = with_margin(solution, params)
+    return Multipliers(
+        lam=solution.lam,
+        lam_low=solution.lam_interval[0],
+        lam_high=solution.lam_interval[1],
+        lam_margin=margin.lam,
+        target=margin.target,
+        prices=[PriceRow(**price.as_dict()) for price in prices],
+    )
 
 
 def by_beta(

@@ -14,7 +14,7 @@ import math
 from pathlib import Path
 
 from dualign.core.artifacts import replacing, write_json
-from dualign.core.records import SolvedDual, as_row, read_record
+from dualign.core.records import SolvedDual, as_row, read_record, solved_for
 from dualign.core.schema import POOL, PROMPTS, by_prompt, read_table
 from dualign.lm.card import model_card
 from dualign.lm.publish import publish
@@ -71,7 +71,7 @@ def main(run: Run[DualSearchParams]) -> None:
         scratch=scratch,
         inputs=Inputs(MODELS, PROMPT_SET.parent, SCORED),
         losses=PairLosses.of(row, start, reference),
-        prices=steerable(row, prices_in(read_record(DUAL, SolvedDual).prices)),
+        prices=steerable(row, prices_in(dual_of(row).prices)),
     )
     backend = ModelBackend(task)
     steps, stopped = search_policies(search, backend.start, backend, scratch)
@@ -103,7 +103,7 @@ def context(
 
     The reference policy as a start has no multiplier; it counts as where an ascent begins.
     """
-    solved = read_record(DUAL, SolvedDual)
+    solved = dual_of(row)
     lam, target = goal(row, solved)
     if params.policy_gradient is not None:
         return SearchContext(lam, params.policy_gradient.lambda_init)
@@ -129,6 +129,11 @@ def context(
         target_cost=target,
         prices=start_prices(row, start, prices_in(solved.prices), DUAL),
     )
+
+
+def dual_of(row: Plan) -> SolvedDual:
+    """The pool's dual of the scores that a method trains on: doubted in a training on the pool."""
+    return solved_for(read_record(DUAL, SolvedDual), doubted=row.method.data == "pool")
 
 
 def _radius(params: DualSearchParams) -> float:

@@ -23,6 +23,7 @@ from dualign.core.records import (
     SolvedDual,
     as_row,
     read_record,
+    solved_for,
     solved_multiplier,
 )
 from dualign.core.schema import by_prompt
@@ -60,8 +61,7 @@ def main(run: Run[LagrangianDpoParams]) -> None:
     sources = Sources(spec.reward, spec.cost, MODELS, METRICS)
     tables = scored_tables(SCORED, sources, params.beta, tokenizer, run.resources)
     chosen = multiplier(item, spec, tables.pool, params)
-    wary = spec.data == "pool" and not implicit(spec)
-    off_support = doubt(SCORED, tables.pool, params.pessimism) if wary else None
+    off_support = doubt(SCORED, tables.pool, params.pessimism) if wary(spec) else None
     prices = prices_of(item, spec)
 
     def charged(frame: pd.DataFrame) -> pd.DataFrame:
@@ -167,7 +167,7 @@ def multiplier(
     stays below the limit by the pool's certificate margin."""
     if not isinstance(spec.lam, str):
         return {"lam": spec.lam, "lam_from": "params.yaml"}
-    solved = read_record(DUAL, SolvedDual)
+    solved = dual_of(spec)
     if not implicit(spec):
         return {"lam": solved_multiplier(solved, spec.lam), "lam_from": str(DUAL)}
     try:
@@ -188,12 +188,24 @@ def implicit(spec: LagrangianRun) -> bool:
     return (spec.reward, spec.cost) != ("reward_model", "cost_model")
 
 
+def wary(spec: LagrangianRun) -> bool:
+    """Whether a run doubts scores off the support: those of scorers on the pool. Methods that train
+    on pairs are as published.
+    """
+    return spec.data == "pool" and not implicit(spec)
+
+
+def dual_of(spec: LagrangianRun) -> SolvedDual:
+    """The pool's dual of the scores that a run reads."""
+    return solved_for(read_record(DUAL, SolvedDual), doubted=wary(spec))
+
+
 def prices_of(item: str, spec: LagrangianRun) -> list[Price]:
     """Prices of additional constraints, which are charged to rewards.
 
     A multiplier given as a number has none beside it, and prices of scorers mean nothing on
     implicit scores."""
-    prices = prices_in(read_record(DUAL, SolvedDual).prices) if isinstance(spec.lam, str) else []
+    prices = prices_in(dual_of(spec).prices) if isinstance(spec.lam, str) else []
     if prices and implicit(spec):
         log.warning(
             "lagrangian_dpo.runs.%s is scored by policies and ignores constraint.additional", item

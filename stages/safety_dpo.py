@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from dualign.core.records import SolvedDual, read_record, solved_multiplier
+from dualign.core.records import SolvedDual, read_record, solved_for, solved_multiplier
 from dualign.core.schema import SAFETY_PAIRS, read_table
 from dualign.params.training import SafetyDpoParams, SafetyRun
 from dualign.stage import Run, execute
@@ -47,7 +47,7 @@ def multiplier(item: str, spec: SafetyRun) -> float:
     are not kept here."""
     if not isinstance(spec.lam, str):
         return spec.lam
-    solved = read_record(DUAL, SolvedDual)
+    solved = solved_for(read_record(DUAL, SolvedDual), doubted=False)
     if solved.prices:
         log.warning(
             "safety_dpo.runs.%s trains on preferences and ignores constraint.additional", item

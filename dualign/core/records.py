@@ -70,21 +70,30 @@ class Standardised(Record):
     lam: float
 
 
-class SolvedDual(Record):
-    """data/dual/dual.json: the multiplier of the pool, the one with a certificate margin, and what
-    they were solved for. Its diagnostics are for the report alone, and None in an older run."""
+class Multipliers(Record):
+    """What a dual of the pool says: its multiplier with the interval, the one with a certificate
+    margin and the cost that it steers to, and the prices of additional constraints.
+    """
 
     lam: float
     lam_low: float | None
     lam_high: float | None
     lam_margin: float
     target: float
+    prices: list[PriceRow]
+
+
+class SolvedDual(Multipliers):
+    """data/dual/dual.json: the dual of the pool with its doubted scores, what it was solved for,
+    and where any are doubted the dual of its scores as they are. Its diagnostics are for the report
+    alone, and None in an older run."""
+
     limit: float
     beta: float
     lambda_max: float
     slack: bool
-    prices: list[PriceRow]
     messages: list[str]
+    as_scored: Multipliers | None = None
     prompts: int | None = None
     samples: int | None = None
     cost_reference: float | None = None
@@ -559,6 +568,15 @@ TRAINED: dict[str, type[Trained]] = {
     "lagrangian_dpo": LagrangianMetrics,
     "lambda_path": LagrangianMetrics,
 }
+
+
+def solved_for(known: SolvedDual, *, doubted: bool) -> SolvedDual:
+    """The dual of the scores that a training reads: those doubted off the support, or as they are.
+
+    A multiplier belongs to the scores that it was solved with (9.15 of the mathematics: every
+    identity holds for any r and c, if they are the same ones throughout)."""
+    own = None if doubted else known.as_scored
+    return known if own is None else known.model_copy(update=dict(own))
 
 
 def solved_multiplier(known: SolvedDual, which: Solved) -> float:

@@ -112,6 +112,20 @@ def test_a_stocked_search_steers_to_the_target(path: Path, params: DualSearchPar
     )
 
 
+def test_methods_that_train_on_pairs_have_the_dual_of_scores_as_they_are(
+    run: Path, params: DualSearchParams
+) -> None:
+    believed = {"lam": 0.7, "lam_low": 0.5, "lam_high": 0.9, "lam_margin": 0.75, "target": -0.35}
+    write_json("data/dual/dual.json", solved(as_scored={**believed, "prices": []}))
+    start = {"lam": lagrangian(lam=0.7)["lam"]}
+    pairs = row_of("c_dpo", "lagrangian_dpo/bernoulli", "sft", target="margin")
+    known = context(pairs, params, start)
+    assert (known.lam_pool, known.target_cost) == (0.75, -0.35)
+    assert context(row_of("dualign", "lagrangian_dpo/anchored", "sft"), params, start).lam_pool == (
+        0.8
+    )
+
+
 def test_safety_first_takes_the_multiplier_of_its_first_step(
     run: Path, params: DualSearchParams
 ) -> None:

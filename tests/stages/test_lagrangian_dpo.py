@@ -105,6 +105,22 @@ def test_scorers_have_the_dual_of_the_pool(
     assert multiplier("bernoulli", given.runs["bernoulli"], pool, given) == expected
 
 
+def test_a_multiplier_is_of_the_scores_that_the_labels_are_of(
+    folder: Path, pool: pd.DataFrame, repo_root: Path
+) -> None:
+    """Pairs are labelled by scores as they are, as published; the pool's are doubted."""
+    own = {key: SOLVED[key] for key in ("lam_low", "lam_high", "lam_margin", "target")}
+    believed = {**own, "lam": 0.15, "prices": [PRICE.as_dict()]}
+    write_json("data/dual/dual.json", {**SOLVED, "limit": LIMIT, "as_scored": believed})
+    given = stage_params(repo_root)
+    pairs = given.runs["bernoulli"]
+    wary = pairs.model_copy(update={"data": "pool"})
+    assert multiplier("it", pairs, pool, given)["lam"] == 0.15
+    assert multiplier("it", wary, pool, given)["lam"] == 0.25
+    assert lagrangian_dpo.prices_of("it", pairs) == [PRICE]
+    assert lagrangian_dpo.prices_of("it", wary) == []
+
+
 def test_the_stock_is_the_pools_or_an_target_for_implicit_scores(
     folder: Path, pool: pd.DataFrame, repo_root: Path
 ) -> None:

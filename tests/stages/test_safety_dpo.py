@@ -99,6 +99,9 @@ def test_a_multiplier_is_the_duals_its_stocked_one_or_a_number_and_prices_are_to
     specs = {lam: run_of(resources, lam=lam).params.runs["it"] for lam in ("dual", "margin", 0.3)}
     assert [multiplier("it", spec) for spec in specs.values()] == [0.8, 1.1, 0.3]
     assert not caplog.records
+    believed = {"lam": 0.7, "lam_low": 0.5, "lam_high": 0.9, "lam_margin": 0.75, "target": -0.35}
+    write_json("data/dual/dual.json", solved(as_scored={**believed, "prices": []}))
+    assert [multiplier("it", specs[lam]) for lam in ("dual", "margin")] == [0.7, 0.75]
     write_json("data/dual/dual.json", solved(prices=[{"name": "short"}]))
     assert multiplier("it", specs["dual"]) == 0.8
     assert (
