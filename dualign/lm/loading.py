@@ -163,14 +163,24 @@ def check_causal(model: Any, path: str | Path, precision: torch.dtype) -> None:
 
 
 def context_of(model: torch.nn.Module) -> int | None:
-    """The longest sequence in tokens that a model can read; None where its configuration does not
-    say.
+    """The longest sequence in tokens that a model can read, whatever else is in its batch; None
+    where its configuration does not say.
     """
     config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     found = [getattr(text, key, None) for key in _CONTEXT]
     context = next((int(value) for value in found if isinstance(value, int) and value > 0), None)
-    return context and context - _first_position(model)
+    return context and min([context - _first_position(model), *_turned_alike(text)])
+
+
+def _turned_alike(config: Any) -> list[int]:
+    """Longest batches of a model with longrope (Phi-3's of 128k) in which a row's numbers are its
+    own: transformers turns all rows by the long factors where one is longer.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = [rope, *(kind for kind in rope.values() if isinstance(kind, dict))]
+    longropes = [kind for kind in kinds if kind.get("rope_type") == "longrope"]
+    return [kind["original_max_position_embeddings"] for kind in longropes]
 
 
 def _first_position(model: torch.nn.Module) -> int:

@@ -26,6 +26,7 @@ from transformers import (
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
+    Phi3Config,
     PretrainedConfig,
     PreTrainedModel,
     Qwen2Config,
@@ -36,6 +37,7 @@ from transformers.utils import logging as hf_logging
 from dualign import stage
 from dualign.core.errors import DataError, ModelError, ParamsError
 from dualign.lm import loading, models
+from dualign.lm.sampling import log_probabilities
 from dualign.params.base import LoraParams, Resources
 from tests.lm.layouts import CHATS, byte_level
 
@@ -211,6 +213,23 @@ def test_a_head_of_another_width_is_refused(llama: Path) -> None:
         loading.load_reported(
             AutoModelForSequenceClassification, llama.parent / "three", num_labels=1, **options
         )
+
+
+def test_longrope_is_read_as_far_as_it_turns_every_row_alike(resources: Resources) -> None:
+    """One row beyond the original context turns all rows of a batch by the long factors."""
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 16}
+    factors = {"short_factor": [1.0] * 4, "long_factor": [8.0] * 4}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(
+        Phi3Config(**SMALL, original_max_position_embeddings=16, rope_parameters=rope | factors)
+    )
+    prompts = [[7, 20, 33, 46], [7, 20, 33, 46]]
+    answers = [list(range(3, 9)), list(range(3, 20))]
+    tokenizer = models.made_fit(byte_level(CHATS["zephyr"]), "it")
+    together = log_probabilities(model, tokenizer, prompts, answers, batch_size=2)
+    alone = log_probabilities(model, tokenizer, prompts[:1], answers[:1], batch_size=2)
+    assert together[0] == pytest.approx(float(alone[0]), abs=1e-5) and together[1].isnan()
+    assert loading.context_of(model) == 16
 
 
 # --- weights that are not there, or not these -----------------------------------------------------
