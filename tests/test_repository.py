@@ -13,6 +13,7 @@ import tomllib
 from collections.abc import Iterator
 from importlib.metadata import packages_distributions
 from pathlib import Path
+from typing import Any
 
 import pytest
 from packaging.requirements import Requirement
@@ -21,9 +22,13 @@ from ruamel.yaml import YAML
 from ruamel.yaml.parser import Parser
 
 from bench.house import holds_another
+from dualign.params import yaml_text
 from dualign.params.loading import check, read_yaml
+from pipeline.dotted import value_at
 from pipeline.dvc.dag import load_dag
-from tests.shipped import SHIPPED, written
+from pipeline.dvc.overlay import TABLES, merged
+from tests.params.mistakes import put
+from tests.shipped import SHIPPED, preset, written
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("dualign", "stages", "pipeline", "bench")
@@ -275,6 +280,25 @@ def test_files_and_modules_that_pages_name_exist(page: Path) -> None:
         if not (place.is_dir() or place.with_suffix(".py").is_file())
     ]
     assert not set(lost) - MADE_UP, f"{named(page)} names {sorted(set(lost))}"
+
+
+def shown_params(page: Path) -> list[dict[str, Any]]:
+    """The sections of params.yaml that a page shows; its other YAML is left out."""
+    blocks = re.findall(r"^```yaml\n(.*?)^```", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    sections = preset("default")
+    blocks = [block for block in blocks if block.partition(":")[0] in sections]
+    return [yaml_text.load(block, named(page)) for block in blocks]
+
+
+@every_page
+def test_params_that_pages_show_are_ones_that_load(page: Path) -> None:
+    """They stand in the shipped file, rows of a table beside those that are there."""
+    for shown in shown_params(page):
+        content = preset("default")
+        for table in TABLES:
+            if rows := value_at(shown, table, missing=None):
+                put(shown, table, {**value_at(content, table), **rows})
+        check(merged(content, shown), page)
 
 
 def test_changelog_has_a_place_for_what_is_new() -> None:

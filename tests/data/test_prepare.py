@@ -663,7 +663,8 @@ GUIDE = (ROOT / "docs" / "data.md").read_text()
 
 def guide_sources() -> list[tuple[str, Row]]:
     blocks = [
-        YAML(typ="safe").load(block) for block in re.findall(r"```yaml\n(.*?)```", GUIDE, re.S)
+        YAML(typ="safe").load(block)["prepare"]
+        for block in re.findall(r"```yaml\n(.*?)```", GUIDE, re.S)
     ]
     return [(kind, spec) for block in blocks for kind, specs in block.items() for spec in specs]
 
