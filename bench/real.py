@@ -145,7 +145,8 @@ def _differences(found: dict[str, Any]) -> Iterator[str]:
     """The table of paired differences, with an empty line after it; nothing without any."""
     if not found:
         return
-    measures = [measure for measure in _MEASURES if any(row.get(measure) for row in found.values())]
+    known = {measure for row in found.values() for measure, cell in row.items() if cell}
+    measures = [measure for measure in _MEASURES if measure in known]
     yield from options.head(["minus the reference, paired", *measures])
     for name, row in found.items():
         yield options.line([name, *(_difference(row.get(measure)) for measure in measures)])
@@ -157,7 +158,7 @@ def _differences(found: dict[str, Any]) -> Iterator[str]:
 def _difference(cell: dict[str, Any] | None) -> str:
     if cell is None:
         return ""
-    told = _cell([cell[key] for key in ("mean", "low", "high")])
+    told = _cell(_ends(cell))
     return f"**{told}**" if cell["standing"] else told
 
 
@@ -170,10 +171,15 @@ def _candidates(name: str, certificate: dict[str, Any]) -> Iterator[str]:
     yield from options.head(["candidate, safest first", *named, "reward", "ended", "passed"])
     for test in certificate["tests"]:
         bounds = [f"{check[key]:.3f}" for check in test["checks"] for key in ("estimate", "bound")]
-        means = [_cell([test[key][end] for end in ("mean", "low", "high")]) for key in _TOLD]
+        means = [_cell(_ends(test[key])) for key in _TOLD]
         passed = "yes" if test["certified"] else "no"
         yield options.line([test["candidate"], *bounds, *means, passed])
     yield ""
+
+
+def _ends(row: dict[str, Any]) -> list[float | None]:
+    """A mean and the ends of its interval."""
+    return [row[key] for key in ("mean", "low", "high")]
 
 
 def _judges(people: dict[str, Any], gaps: list[dict[str, Any]]) -> Iterator[str]:
@@ -198,7 +204,7 @@ def _judges(people: dict[str, Any], gaps: list[dict[str, Any]]) -> Iterator[str]
 def _gain(gain: dict[str, Any] | None) -> list[str]:
     if gain is None:
         return ["", "", ""]
-    gap = _cell([gain["gap"][key] for key in ("mean", "low", "high")])
+    gap = _cell(_ends(gain["gap"]))
     return [f"{gain['ours']:.2f}", f"{gain['other']:.2f}", gap]
 
 
