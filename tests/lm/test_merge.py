@@ -109,6 +109,22 @@ def test_bfloat16_weights_are_mixed_without_losing_the_small_one(tmp_path: Path)
         )
 
 
+def test_a_small_change_of_a_base_in_bf16_is_kept(tmp_path: Path) -> None:
+    base = tiny(1, dtype=torch.bfloat16)
+    policy = tiny(1, dtype=torch.bfloat16).float()
+    with torch.no_grad():
+        for weight in policy.parameters():
+            weight.mul_(1 + 2**-12)
+    first = write(base, tmp_path / "a")
+    second = write(policy, tmp_path / "b")
+    merge(first, second, 0.5, tmp_path / "out")
+    left, mixed = (weights(folder) for folder in (first, tmp_path / "out"))
+    for name, tensor in mixed.items():
+        assert torch.equal(tensor, left[name].float() * (1 + 2**-13))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    assert loaded.dtype == torch.float32
+
+
 # --- adapters -------------------------------------------------------------------------------------
 
 
