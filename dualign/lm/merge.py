@@ -14,7 +14,7 @@ from dualign.core.artifacts import listed, replacing
 from dualign.core.errors import ModelError
 from dualign.core.records import AdapterConfig, as_row, read_record
 from dualign.lm.loading import check_files, load_config
-from dualign.lm.publish import adapter_in
+from dualign.lm.publish import ADAPTER, adapter_in
 
 _ADAPTER = "adapter_config.json"
 
@@ -38,7 +38,7 @@ def merge(first: Path, second: Path, q: float, out: Path) -> None:
         shutil.copytree(
             first,
             folder,
-            ignore=shutil.ignore_patterns("*.safetensors", "*.index.json", "README.md"),
+            ignore=shutil.ignore_patterns("*.safetensors", "*.index.json", "README.md", ADAPTER),
         )
         (_merge_adapters if adapters[0] else _merge_weights)(first, second, q, folder)
 

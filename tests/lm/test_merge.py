@@ -23,6 +23,7 @@ from transformers import (
 
 from dualign.core.errors import DualignError, ModelError
 from dualign.lm.merge import merge
+from dualign.lm.publish import adapter_in
 
 IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
 
@@ -224,6 +225,19 @@ def refused(first: Path, second: Path, out: Path) -> str:
 def test_a_model_and_an_adapter_are_refused(tmp_path: Path, base: Path) -> None:
     message = refused(base, adapter(base, tmp_path / "a", 1), tmp_path / "out")
     assert str(tmp_path / "a") in message and "one is an adapter" in message
+
+
+def test_a_merge_of_whole_weights_leaves_no_adapter_of_the_first_behind(
+    tmp_path: Path, base: Path
+) -> None:
+    published = write(tiny(1), tmp_path / "published")
+    adapter(base, published / "adapter", 1)
+    merge(published, base, 0.5, tmp_path / "out")
+    assert adapter_in(published) != published and adapter_in(tmp_path / "out") == tmp_path / "out"
+    merge(tmp_path / "out", published, 0.5, tmp_path / "again")
+    whole, mixed = weights(published), weights(tmp_path / "again")
+    for name, tensor in weights(base).items():
+        assert torch.allclose(mixed[name], 0.75 * whole[name] + 0.25 * tensor, atol=1e-6)
 
 
 def test_models_of_different_shape_are_refused(tmp_path: Path) -> None:
