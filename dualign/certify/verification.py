@@ -31,7 +31,7 @@ from dualign.certify.sequence import Decision, decide
 from dualign.core.artifacts import sha256
 from dualign.core.errors import DataError, DualignError
 from dualign.core.records import SolvedDual, read_record
-from dualign.math.constraints import prices_in
+from dualign.math.constraints import Constraint, prices_in
 
 
 def verify(path: str | Path) -> Certificate:
@@ -165,10 +165,11 @@ def _as_planned(recorded: Certificate, folder: Path) -> None:
 
 
 def _all_required(file: Path, requirements: Sequence[Requirement]) -> None:
-    """Raises DataError where an additional constraint of the solved dual in `file` is not required
-    as it stands there."""
-    limits = [asdict(price.constraint) for price in prices_in(read_record(file, SolvedDual).prices)]
-    for limit in limits:
+    """Raises DataError where a limit of the solved dual in `file` is not required as it stands
+    there."""
+    dual = read_record(file, SolvedDual)
+    additional = [price.constraint for price in prices_in(dual.prices)]
+    for limit in map(asdict, [Constraint("c", "cost", dual.limit), *additional]):
         stated = [required.model_dump(include=set(limit)) for required in requirements]
         if limit not in stated:
             raise DataError(

@@ -750,7 +750,7 @@ def origin_of(root: Path, order: list[str], weights: tuple[float, ...] = (1.0,))
         if not (root / "models" / name / "model.safetensors").is_file():
             (root / "models" / name / "model.safetensors").write_text(name)
     if not (root / "dual.json").is_file():
-        write_json(root / "dual.json", solved())
+        write_json(root / "dual.json", solved(limit=0.0))
     folder = root / "models"
     return Origin(
         place=root / "reports",
@@ -831,6 +831,10 @@ def test_another_policy_is_refused(planned: Path, tmp_path: Path, file: str, mes
             lambda c: c["weights"].update(middle=c["weights"]["safest"]),
             "is not the one certified: model.safetensors: sha256",
         ),
+        (
+            lambda c: c["requirements"][0].update(limit=-0.05),  # no verdict changes
+            "the limit 'c' of .*dual.json is not among the requirements as it stands there",
+        ),
     ],
 )
 def test_a_plan_is_tested_whole(
@@ -867,7 +871,7 @@ def test_every_additional_constraint_is_required(
         "prompts": None,
         "threshold": None,
     }
-    write_json(tmp_path / "dual.json", solved(prices=[known]))
+    write_json(tmp_path / "dual.json", solved(limit=0.0, prices=[known]))
     rare = Requirement(**known, method="star_bets", bounds=(0.0, 1.0))
     cost = Requirement(name="c", quantity="cost", limit=0.0, method="clustered_t")
     names = ["safest", "middle"]
@@ -894,6 +898,7 @@ def test_where_no_policy_is_certified_none_may_lie_there(
     tmp_path: Path, tables: dict[str, Path], planned: Path
 ) -> None:
     only = {"safest": tables["safest"]}
+    write_json(tmp_path / "dual.json", solved(limit=-3.0))
     issue(planned, only, -3.0, origin=origin_of(tmp_path, ["safest"]))
     with pytest.raises(
         DataError,

@@ -165,7 +165,11 @@ def test_the_bound_of_each_quantity_is_exact_where_its_range_is_known(resources:
 def run_of(
     resources: Resources, limit: float = 100.0, row: dict[str, Any] | None = None, **changes: Any
 ) -> Any:
-    """The row `it`: safety_dpo/alone first, then merges of sft and reward_dpo/helpful."""
+    """The row `it`: safety_dpo/alone first, then merges of sft and reward_dpo/helpful. The dual is
+    of this limit too.
+    """
+    dual = Path("data/dual/dual.json")
+    write_json(dual, read_json(dual) | {"limit": limit})
     given = {
         "policy": "reward_dpo/helpful",
         "partner": "sft",
@@ -231,7 +235,7 @@ def test_the_certificate_tells_where_answers_were_cut_and_how_many_ended(
         seed=2,
     )  # fmt: skip
     for prices, returned in (([], "reward_dpo/helpful"), ([whole], None)):
-        write_json("data/dual/dual.json", solved(prices=prices))
+        write_json("data/dual/dual.json", solved(limit=100.0, prices=prices))
         main(run)
         found = verify("reports/certificate/it/certificate.json")
         share = float(
