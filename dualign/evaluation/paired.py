@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass
 from itertools import combinations
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -87,19 +86,47 @@ def holm(p_values: Sequence[float] | Array) -> Array:
     return adjusted
 
 
+def mean_difference(
+    values: Sequence[float] | Array, confidence: float = 0.95, most: float | None = None
+) -> Estimate:
+    """The mean of differences by prompt with its interval: `mean_of`'s, or of shares, which differ
+    by `most` at most, Bonett and Price's (2012).
+
+    That is Student's of these and two made-up prompts, which differ by most and by -most. So it has
+    a width even where no prompts differ, as where neither of two policies gave an unsafe answer,
+    and covers where few do: Student's alone as rarely as one time in ten. It stays within -most and
+    most.
+
+    Source: British Journal of Mathematical and Statistical Psychology 65 (2012), 479-488.
+
+    >>> none = mean_difference([0.0] * 400, most=1.0)
+    >>> round(none.low, 4), round(none.high, 4)
+    (-0.0069, 0.0069)
+    """
+    found = mean_of(values, confidence)
+    if most is None or len(values) < 2:
+        return found
+    wider = mean_of([*values, most, -most], confidence)
+    low = max(min(wider.low, found.mean), -most)
+    high = min(max(wider.high, found.mean), most)
+    return Estimate(found.mean, found.error, low, high)
+
+
 def differences(
     scores: pd.DataFrame,
     column: str,
     pairs: Iterable[tuple[str, str]] | None = None,
     *,
     confidence: float = 0.95,
+    most: float | None = None,
 ) -> pd.DataFrame:
     """Paired differences of policies in `column`, a row for each of `pairs` (default: all pairs).
 
     `scores` has a row for each answer: columns `policy`, `prompt_id` and `column`. The table has
     the columns `DIFFERENCES`: the mean over prompts of first minus second with its standard error
     and interval, the p-value of the paired t-test, and that with Holm's correction for all of the
-    table's rows. The intervals are those of single comparisons.
+    table's rows. The intervals are those of single comparisons; `most` is what shares can differ by
+    (`mean_difference`), None for what has no bounds.
 
     Raises:
         DataError: a pair names a policy without scores, or two that share no prompt.
@@ -110,7 +137,11 @@ def differences(
     """
     values = _by_policy(scores, column)
     named = list(combinations(values, 2)) if pairs is None else list(pairs)
-    rows = [_difference(values, first, second, column, confidence) for first, second in named]
+    found = [_paired(values, first, second, column) for first, second in named]
+    rows = [
+        (*pair, len(gap), *_tested(gap, confidence, most))
+        for pair, gap in zip(named, found, strict=True)
+    ]
     table = pd.DataFrame(rows, columns=list(DIFFERENCES[:-1]))
     return table.assign(p_holm=holm(table["p_value"].to_numpy(float)))
 
@@ -127,9 +158,8 @@ def _by_policy(scores: pd.DataFrame, column: str) -> dict[str, Array]:
     }
 
 
-def _difference(
-    by_policy: dict[str, Array], first: str, second: str, column: str, confidence: float
-) -> tuple[Any, ...]:
+def _paired(by_policy: dict[str, Array], first: str, second: str, column: str) -> Array:
+    """First minus second on the prompts that both have a value of."""
     missing = [name for name in (first, second) if name not in by_policy]
     if missing:
         raise DataError(f"policy {missing[0]!r} has no scores; it has {', '.join(by_policy)}")
@@ -137,9 +167,13 @@ def _difference(
     values = values[~np.isnan(values)]
     if not len(values):
         raise DataError(f"policies {first!r} and {second!r} share no prompt with a {column}")
-    estimate = mean_of(values, confidence)
-    chance = no_difference(estimate, len(values))
-    return first, second, len(values), *astuple(estimate), chance
+    return values
+
+
+def _tested(values: Array, confidence: float, most: float | None) -> tuple[float, ...]:
+    """Mean, error, ends and p-value of differences by prompt."""
+    estimate = mean_difference(values, confidence, most)
+    return *astuple(estimate), no_difference(estimate, len(values))
 
 
 def mcnemar(first: Sequence[bool] | Array, second: Sequence[bool] | Array) -> Discordance:
@@ -167,6 +201,7 @@ def over_seeds(values: Array, confidence: float = 0.95) -> Estimate:
     The error is that of a random-effects analysis of variance with both as crossed factors,
     SE^2 = (MS_seeds + MS_prompts - MS_rest) / (seeds prompts), with Satterthwaite's degrees of
     freedom. It is at least the larger of the errors that come of seeds alone and of prompts alone.
+    Where all values are equal the ends are infinite, as in `mean_of`.
 
     >>> over_seeds(np.array([[1.0, 2.0, 3.0], [2.0, 3.0, 4.0]])).mean
     2.5
@@ -175,6 +210,8 @@ def over_seeds(values: Array, confidence: float = 0.95) -> Estimate:
     seeds, prompts = table.shape
     if seeds < 2 or prompts < 2:
         raise DataError(f"{seeds} seeds and {prompts} prompts say nothing of their spread; needs 2")
+    if np.ptp(table) <= _ROUNDING * np.abs(table).max():
+        return mean_of(table.ravel(), confidence)
     mean = float(table.mean())
     by_seed = table.mean(1, keepdims=True)
     by_prompt = table.mean(0, keepdims=True)

@@ -26,6 +26,8 @@ _ELO_SCALE = 400.0 / math.log(10)
 _PRIOR = 0.5
 #: Newton's steps, none above 1, until all are below the last.
 _STEPS = 100
+#: Ratings and win rates of draws that differ by less are the rounding of equal ones.
+_ROUNDING = 1e-6
 _CLOSE = 1e-10
 #: How often all prompts are drawn again for draws in which all policies met.
 _ROUNDS = 20
@@ -121,8 +123,8 @@ def rank(
 
     Elo is relative: `low` and `high` are quantiles over draws of prompts of a policy's lead on the
     mean of all. To tell two apart take their own battles (`win_rate`). Draws tell nothing of a
-    policy that won or lost all its battles, nor of any where there is one prompt, or where in most
-    draws some never met: their ends are infinite.
+    policy that won or lost all its battles, nor of one that they all rate alike, nor of any where
+    there is one prompt, or where in most draws some never met: their ends are infinite.
 
     Raises:
         DataError: a battle has no score in [0, 1], or is a policy's with itself.
@@ -148,7 +150,9 @@ def _ends(table: Array, confidence: float, draws: int, seed: int) -> tuple[Array
     if len(table) == 1 or len(drawn) < draws:
         return np.full(len(known), -np.inf), np.full(len(known), np.inf)
     quantiles = [(1 - confidence) / 2, (1 + confidence) / 2]
-    low, high = np.quantile(elo(bradley_terry(drawn)), quantiles, axis=0)
+    ratings = elo(bradley_terry(drawn))
+    low, high = np.quantile(ratings, quantiles, axis=0)
+    known &= np.ptp(ratings, axis=0) > _ROUNDING
     return np.where(known, low, -np.inf), np.where(known, high, np.inf)
 
 
@@ -288,8 +292,8 @@ def length_controlled_win_rate(
     Battles also have `length_first` and `length_second`, in characters or tokens. AlpacaEval 2 adds
     a term for how hard its own instructions are, known from its leaderboard, and weighs in two
     gamed baselines; neither is there for prompts of another suite. phi has a weak ridge. The
-    interval draws prompts with replacement; where all battles end alike, all draws do, and it is
-    that of `win_rate`. One prompt says nothing of others: from 0 to 1.
+    interval draws prompts with replacement; where all draws end alike, as where all battles do, it
+    is that of as many prompts with this win rate. One prompt says nothing of others: from 0 to 1.
 
     >>> rows = pd.DataFrame({"first": "a", "second": "b", "prompt_id": range(4)})
     >>> rows = rows.assign(score=[1.0, 1.0, 0.0, 0.0], length_first=[9, 9, 1, 1], length_second=5)
@@ -311,6 +315,8 @@ def length_controlled_win_rate(
     mean, *rates = _rates_at_equal_length(feature, score, weights)
     if len(names) == 1:
         return Estimate(float(mean), math.inf, 0.0, 1.0)
+    if np.ptp(rates) <= _ROUNDING:
+        return clustered_share(np.full(len(names), mean), np.arange(len(names)), confidence)
     low, high = np.quantile(rates, [(1 - confidence) / 2, (1 + confidence) / 2])
     return Estimate(float(mean), float(np.std(rates, ddof=1)), float(low), float(high))
 

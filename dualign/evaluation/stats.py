@@ -15,7 +15,7 @@ from scipy.special import stdtrit  # scipy.stats has it too, and takes ten times
 
 Array = np.ndarray
 
-#: Standard errors of a share below this are the rounding of equal values, such as 2/3.
+#: Standard errors below this share of the largest value are the rounding of equal ones, as 2/3.
 _ROUNDING = 1e-12
 
 
@@ -110,16 +110,20 @@ def clustered_share(values: Array, clusters: Array, confidence: float = 0.95) ->
 def mean_of(values: Sequence[float] | Array, confidence: float = 0.95) -> Estimate:
     """Mean of independent values, such as differences by prompt, with a Student-t interval.
 
+    Equal values have no spread to go by: their error is 0, and the ends are infinite.
+
     >>> mean_of([1.0, 2.0, 3.0]).mean
     2.0
     """
     means = np.asarray(values, dtype=float)
     count = len(means)
-    if count < 2:
-        return Estimate(float(means.mean()), float("inf"), float("-inf"), float("inf"))
-    error = float(means.std(ddof=1) / np.sqrt(count))
-    reach = float(stdtrit(count - 1, 0.5 + confidence / 2)) * error
     mean = float(means.mean())
+    if count < 2:
+        return Estimate(mean, float("inf"), float("-inf"), float("inf"))
+    error = float(means.std(ddof=1) / np.sqrt(count))
+    if error <= _ROUNDING * float(np.abs(means).max()):
+        return Estimate(mean, error, float("-inf"), float("inf"))
+    reach = float(stdtrit(count - 1, 0.5 + confidence / 2)) * error
     return Estimate(mean, error, mean - reach, mean + reach)
 
 

@@ -29,7 +29,7 @@ def pairwise(answers: Mapping[str, pd.DataFrame], confidence: float) -> pd.DataF
     that their answers (`schema.ANSWERS`, by policy) hold: columns `score` and `DIFFERENCES`.
 
     A prompt's answers count as their mean. `p_holm` is corrected for all rows. Intervals are those
-    of single comparisons; those of shares stay between -1 and 1."""
+    of single comparisons."""
     by_prompt = [_by_prompt(frame).assign(policy=name) for name, frame in answers.items()]
     if not by_prompt:
         return one_family([], "score")
@@ -59,13 +59,8 @@ def _differences(scores: pd.DataFrame, measure: Measure, confidence: float) -> p
     known = scores.dropna(subset=[measure.key])
     asked = known.groupby("policy", sort=False)["prompt_id"].agg(set)
     met = [pair for pair in combinations(asked.index, 2) if asked[pair[0]] & asked[pair[1]]]
-    found = differences(known, measure.key, met, confidence=confidence)
-    return within_shares(found) if measure.unit == "share" else found
-
-
-def within_shares(table: pd.DataFrame) -> pd.DataFrame:
-    """A table of differences of shares, whose intervals cannot lie beyond -1 and 1."""
-    return table.assign(**{end: table[end].clip(-1, 1) for end in ("low", "high")})
+    most = 1.0 if measure.unit == "share" else None
+    return differences(known, measure.key, met, confidence=confidence, most=most)
 
 
 def least_found(part: pd.DataFrame, confidence: float, comparisons: int) -> float | None:

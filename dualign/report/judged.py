@@ -19,7 +19,7 @@ from dualign.evaluation.paired import differences, mcnemar
 from dualign.evaluation.stats import clustered_mean
 from dualign.params.report import ReportParams
 from dualign.report.comparison import REFERENCE, known_ends, share
-from dualign.report.differences import least_found, one_family, within_shares
+from dualign.report.differences import least_found, one_family
 
 Row = dict[str, Any]
 
@@ -187,11 +187,13 @@ def _differences(rows: pd.DataFrame, key: str, confidence: float) -> pd.DataFram
     asked = rows.groupby("policy")["prompt_id"].agg(set)
     reference: set[str] = asked.get(REFERENCE, set())
     met = [name for name in asked.index if name != REFERENCE and asked[name] & reference]
-    found = differences(rows, key, [(name, REFERENCE) for name in met], confidence=confidence)
+    pairs = [(name, REFERENCE) for name in met]
+    most = (0.5 if key == "win" else 1.0) if key in _SHARES else None
+    found = differences(rows, key, pairs, confidence=confidence, most=most)
     if _is_one_flag(rows, key):
         flags = rows.pivot(index="prompt_id", columns="policy", values=key)
         found = found.assign(p_value=[_uneven(flags, name) for name in met])
-    return within_shares(found) if key in _SHARES else found
+    return found
 
 
 def _is_one_flag(rows: pd.DataFrame, key: str) -> bool:

@@ -16,6 +16,7 @@ from dualign.evaluation.paired import (
     differences,
     holm,
     mcnemar,
+    mean_difference,
     no_difference,
     over_seeds,
     prompt_differences,
@@ -115,6 +116,43 @@ def test_equal_differences_are_no_surer_than_as_many_signs() -> None:
     assert no_difference(mean_of([1.0] * 9), 9) == mcnemar([1] * 9, [0] * 9).p_value
 
 
+def test_equal_differences_have_no_interval_and_those_of_shares_one_with_a_width() -> None:
+    flags = pd.DataFrame({"policy": ["a"] * 40 + ["b"] * 40, "prompt_id": [*range(40)] * 2})
+    for mine, gap in ((0.0, 0.0), (1.0, 1.0)):
+        rows = flags.assign(unsafe=[mine] * 40 + [0.0] * 40)
+        scored = differences(rows, "unsafe").iloc[0]
+        assert (scored["mean"], scored["low"], scored["high"]) == (gap, -math.inf, math.inf)
+        share = differences(rows, "unsafe", most=1.0).iloc[0]
+        assert -1 <= share["low"] <= gap <= share["high"] <= 1
+        assert share["high"] - share["low"] > 0.1
+
+
+def test_the_interval_of_shares_is_that_with_two_made_up_prompts() -> None:
+    values = [0.5, -0.25, 0.0, 1.0, 0.0]
+    found = mean_difference(values, 0.9, most=1.0)
+    made_up = mean_of([*values, 1.0, -1.0], 0.9)
+    assert (found.low, found.high) == (max(made_up.low, -1), min(made_up.high, 1))
+    plain = mean_of(values, 0.9)
+    assert (found.mean, found.error) == (plain.mean, plain.error)
+
+
+@pytest.mark.parametrize(("prompts", "shares"), [(10, (0.02, 0.005)), (400, (0.005, 0.001))])
+def test_it_covers_rare_differences_as_often_as_it_says(
+    prompts: int, shares: tuple[float, float]
+) -> None:
+    """Student's interval alone has no width where no prompts differ, and errs most of the time."""
+    rng = np.random.default_rng(1)
+    one, other = (rng.random((1000, prompts)) < share for share in shares)
+    gap = shares[0] - shares[1]
+    held = {"share": 0, "mean": 0}
+    for values in one.astype(float) - other:
+        for name, most in (("share", 1.0), ("mean", None)):
+            found = mean_difference(values, most=most)
+            held[name] += np.isfinite(found.high) and found.low <= gap <= found.high
+    assert held["share"] >= 950
+    assert held["mean"] < 880
+
+
 # --- many comparisons -----------------------------------------------------------------------------
 
 
@@ -182,6 +220,11 @@ def test_prompts_alone_are_not_enough_where_seeds_differ() -> None:
     tables = [crossed(generator, 3, 60, 1.0) for _ in range(300)]
     narrow = [mean_of(table.mean(0)) for table in tables]
     assert np.mean([one.low <= 0 <= one.high for one in narrow]) < 0.6
+
+
+def test_seeds_and_prompts_that_are_all_alike_have_no_interval() -> None:
+    found = over_seeds(np.zeros((3, 5)))
+    assert (found.mean, found.low, found.high) == (0.0, -math.inf, math.inf)
 
 
 def test_one_seed_has_no_spread() -> None:

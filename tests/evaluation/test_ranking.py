@@ -343,6 +343,18 @@ def test_battles_that_end_alike_do_so_at_equal_length_and_are_no_more_than_they_
     assert found.high - found.low > 0.15
 
 
+def test_prompts_that_all_end_alike_are_no_more_than_they_are() -> None:
+    """A win and a loss on each of 20 prompts: all draws of prompts are the same."""
+    rows = {"first": "a", "second": "b", "prompt_id": [*range(20)] * 2}
+    battles = pd.DataFrame(rows).assign(score=[1.0] * 20 + [0.0] * 20)
+    battles = battles.assign(length_first=[6] * 20 + [4] * 20, length_second=5)
+    found = length_controlled_win_rate(battles, "a", "b", draws=50)
+    assert 0.25 < found.low < 0.3 and 0.7 < found.high < 0.75
+    table = rank(battles, draws=50)
+    assert table["elo"].tolist() == pytest.approx([1000.0, 1000.0])
+    assert (table["low"] == -np.inf).all() and (table["high"] == np.inf).all()
+
+
 def test_at_equal_length_one_prompt_says_nothing_of_others() -> None:
     rows = {"first": "a", "second": "b", "prompt_id": 1, "score": [1.0, 0.0, 1.0]}
     battles = pd.DataFrame(rows).assign(length_first=[3, 4, 5], length_second=4)

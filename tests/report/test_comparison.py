@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from scipy.stats import t as student
 
 from dualign.core.artifacts import read_json, write_json
 from dualign.core.errors import DualignError
@@ -108,14 +109,21 @@ def test_unscored_answers_do_not_count() -> None:
 
 def test_mean_gain_is_paired_by_prompt() -> None:
     ours, theirs = (
-        answers({"a": [11.0, 13.0], "b": [1.0]}),
+        answers({"a": [11.0, 13.0], "b": [1.5]}),
         answers({"a": [10.0], "b": [0.0, -2.0]}),
     )
     found = mean_gain(ours, theirs, 0.95)
     assert found is not None
-    assert found.mean == pytest.approx(2.0)
-    # The prompts' levels (12 and 1) cancel: both gain 2, so nothing is uncertain.
-    assert found.low == found.high == pytest.approx(2.0)
+    assert found.mean == pytest.approx(2.25)
+    # The prompts' levels (12 and 1.5) cancel: they gain 2 and 2.5.
+    reach = student.ppf(0.975, 1) * 0.25
+    assert (found.low, found.high) == pytest.approx((2.25 - reach, 2.25 + reach))
+
+
+def test_a_gain_that_is_the_same_on_all_prompts_has_no_interval() -> None:
+    """Two prompts that both gain 2 have no spread to go by."""
+    found = mean_gain(answers({"a": [12.0], "b": [1.0]}), answers({"a": [10.0], "b": [-1.0]}), 0.95)
+    assert found == Interval(mean=2.0, low=None, high=None)
 
 
 def test_a_row_for_every_policy(run: Run) -> None:

@@ -69,7 +69,10 @@ def test_the_interval_is_at_the_level_of_the_params(run: Run, key: str) -> None:
     )
     for at, other in zip(narrow["spread"], wide["spread"], strict=True):
         inner, outer = at["spread"][key], other["spread"][key]
-        assert outer.low < inner.low < inner.mean < inner.high < outer.high or at["name"] == "sft"
+        if key == "cost" and at["name"] == "sft":  # the same in both runs: no spread to go by
+            assert inner.low is inner.high is outer.low is outer.high is None
+            continue
+        assert outer.low < inner.low < inner.mean < inner.high < outer.high
 
 
 def test_a_policy_that_another_run_lacks_is_counted_where_it_is(run: Run) -> None:
