@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 from scipy.special import expit
 
 from dualign.core.errors import DataError
@@ -116,6 +118,21 @@ def wins_by_prompt(battles: pd.DataFrame, policies: list[str]) -> Array:
     return table
 
 
+def groups(battles: pd.DataFrame) -> list[pd.DataFrame]:
+    """The battles of each group of policies that met, also by way of others: `rank` takes one
+    group, since nothing sets two beside each other.
+
+    >>> rows = {"first": ["a", "c"], "second": ["b", "d"], "prompt_id": [1, 2], "score": [1.0, 0.0]}
+    >>> [group["first"].tolist() for group in groups(pd.DataFrame(rows))]
+    [['a'], ['c']]
+    """
+    names = pd.Index(sorted({*battles["first"], *battles["second"]}))
+    first, second = (names.get_indexer(battles[side]) for side in ("first", "second"))
+    met = coo_array((np.ones(len(battles)), (first, second)), shape=(len(names), len(names)))
+    count, group = connected_components(met, directed=False)
+    return [battles[group[first] == number] for number in range(count)]
+
+
 def rank(
     battles: pd.DataFrame, *, confidence: float = 0.95, draws: int = 1000, seed: int = 0
 ) -> pd.DataFrame:
@@ -127,7 +144,8 @@ def rank(
     there is one prompt, or where in most draws some never met: their ends are infinite.
 
     Raises:
-        DataError: a battle has no score in [0, 1], or is a policy's with itself.
+        DataError: a battle has no score in [0, 1], or is a policy's with itself, or some policies
+            never met the others (`groups`).
 
     >>> rows = pd.DataFrame({"first": "a", "second": "b", "prompt_id": [1, 2], "score": [1.0, 1.0]})
     >>> rank(rows)["policy"].tolist()

@@ -10,6 +10,7 @@ import pandas as pd
 from dualign.evaluation.ranking import (
     battles_against,
     battles_by_score,
+    groups,
     length_controlled_win_rate,
     rank,
     win_rate,
@@ -47,12 +48,15 @@ def _mark(run: FinishedRun, tables: list[Row]) -> None:
 
 
 def rankings(verdicts: pd.DataFrame, lengths: pd.DataFrame, confidence: float) -> list[Row]:
-    """By every judge and what says who wins: Elo of all, and win rates over the reference."""
+    """By every judge and what says who wins: Elo of all that met, and win rates over the reference.
+
+    `apart`: there are others, who met none of these and have a table of their own."""
     tables = []
     for judge, rows in verdicts.groupby("judge", sort=False):
         for what, battles in _battles(rows, lengths):
-            if len(battles):
-                tables.append({"judge": judge, "what": what, "rows": _ranked(battles, confidence)})
+            met = groups(battles)
+            named = {"judge": judge, "what": what, "apart": len(met) > 1}
+            tables += [{**named, "rows": _ranked(group, confidence)} for group in met]
     return tables
 
 

@@ -51,6 +51,25 @@ def test_a_policy_of_which_every_verdict_failed_is_in_no_ranking(judged: Run) ->
     assert "dualign" not in {row["name"] for row in tables[-1]["rows"]}
 
 
+def test_policies_that_never_met_have_rankings_of_their_own(judged: Run) -> None:
+    """By scores policies meet at the same prompt, and two were judged on others than the rest."""
+    own = verdicts(judged, "ours")
+    half = set(sorted(own["prompt_id"].unique())[::2])
+    apart = {"dualign", "safety_only"}
+    kept = [(row.prompt_id in half) == (row.policy in apart) for row in own.itertuples()]
+    write_parquet(judged[0] / "reports/judgements/ours/verdicts.parquet", own[kept], VERDICTS)
+    tables = shown(ranking.section(FinishedRun(*judged)))["tables"]
+    ours = [table for table in tables if table["judge"] == "ours"]
+    assert [table["what"] for table in ours] == ["more reward wins"] * 2 + ["less cost wins"] * 2
+    assert all(table["apart"] for table in ours)
+    groups = [{row["name"] for row in table["rows"]} for table in ours[:2]]
+    assert apart in groups and groups[0].isdisjoint(groups[1])
+    for table in ours:
+        elo = [row["elo"].mean for row in table["rows"]]
+        assert sum(elo) / len(elo) == pytest.approx(1000)
+    assert not any(table["apart"] for table in tables if table["judge"] != "ours")
+
+
 def test_the_rating_of_who_won_all_has_no_interval(judged: Run) -> None:
     own = verdicts(judged, "gpt")
     own.loc[(own["policy"] == "dualign") & own["win"].notna(), "win"] = 1.0
