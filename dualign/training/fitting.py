@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from dualign.lm.models import load_scorer_backbone, load_tokenizer, merged, with_lora
-from dualign.lm.tokens import encode_prompts
+from dualign.lm.tokens import answer_lengths
 from dualign.params.models import ScorerParams
 from dualign.scoring.calibration import Calibration, Platt
 from dualign.scoring.given import Meaning, load_given
@@ -70,8 +70,8 @@ def _trained(
     low = "rejected" if high == "chosen" else "chosen"
     ids = [conversations(tokenizer, train["prompt"], train[side]) for side in (high, low)]
     if params.cut_share > 0:
-        prompts = [len(row) for row in encode_prompts(tokenizer, train["prompt"])]
-        ids = with_cuts(ids, prompts, params.cut_share, params.seed)
+        answers = [answer_lengths(tokenizer, train[side]) for side in (high, low)]
+        ids = with_cuts(ids, answers, params.cut_share, params.seed)
     flags = zip(
         map(unsafe, train[f"{high}_is_safe"]), map(unsafe, train[f"{low}_is_safe"]), strict=True
     )
@@ -90,29 +90,31 @@ def _trained(
 
 
 def with_cuts(
-    sides: list[list[list[int]]], prompts: list[int], share: float, seed: int
+    sides: list[list[list[int]]], answers: list[list[int]], share: float, seed: int
 ) -> list[list[list[int]]]:
     """The conversations of both sides, a random `share` of the pairs with both answers cut in their
     last half.
 
     A scorer that has read ends of turns alone says next to nothing of an answer that was cut: its
-    score is that of the last token, whatever that is. `prompts` holds the tokens of each prompt, of
-    which none is cut.
+    score is that of the last token, whatever that is. `answers` holds the tokens of each answer,
+    with which its conversation ends; of the prompt before it, which may have lost its beginning,
+    nothing is cut.
     """
     rng = np.random.default_rng(seed)
-    chosen = rng.random(len(prompts)) < share
-    kept = rng.uniform(0.5, 1.0, (len(sides), len(prompts)))
+    pairs = len(sides[0])
+    chosen = rng.random(pairs) < share
+    kept = rng.uniform(0.5, 1.0, (len(sides), pairs))
     found = []
-    for side, keeps in zip(sides, kept, strict=True):
-        rows = zip(side, prompts, chosen, keeps, strict=True)
-        found.append([_cut(row, start, keep) if cut else row for row, start, cut, keep in rows])
+    for side, lengths, keeps in zip(sides, answers, kept, strict=True):
+        rows = zip(side, lengths, chosen, keeps, strict=True)
+        found.append([_cut(row, length, keep) if cut else row for row, length, cut, keep in rows])
     return found
 
 
-def _cut(row: list[int], prompt: int, keep: float) -> list[int]:
+def _cut(row: list[int], answer: int, keep: float) -> list[int]:
     """A conversation whose answer keeps a share of its tokens, at least one, and never its end."""
-    answer = len(row) - prompt
-    return row[: prompt + max(1, min(int(keep * answer), answer - 1))]
+    there = min(answer, len(row))
+    return row[: len(row) - there + max(1, min(int(keep * there), there - 1))]
 
 
 def on_one_scale(scorer: Scorer, calibration_of: Callable[[Scorer], Calibration]) -> Scorer:
