@@ -87,33 +87,19 @@ def grid(arguments: Sequence[str]) -> list[Point]:
         key, equals, text = argument.partition("=")
         try:
             values = yaml_text.load(f"[{text}]", "the values")
-        except PipelineError:
-            values = []
-        if not equals or not key.strip() or not values or None in values:
+        except PipelineError as error:
+            raise PipelineError(f"{key.strip()[:100]}: {error}") from None
+        if not equals or not key.strip() or not values:
             raise PipelineError(
                 f"{argument}: write key=value,value,... for example constraint.limit=-0.5,0"
             )
         axes[key.strip()] = values
     check_once([argument.partition("=")[0].strip() for argument in arguments])
-    for key, values in axes.items():
-        for value in values:
-            _check_value(key, value)
     points = [
         Point(dict(zip(axes, values, strict=True))) for values in itertools.product(*axes.values())
     ]
     _check_names(points)
     return points
-
-
-def _check_value(key: str, value: Any) -> None:
-    """Raise PipelineError for a value that YAML reads and no param can be, such as a date."""
-    try:
-        json.dumps(value)
-    except TypeError:
-        raise PipelineError(
-            f"{key}={value}: YAML reads a {type(value).__name__} here, which no param is;"
-            f" put it into quotes, as in {key}='\"{value}\"'"
-        ) from None
 
 
 def _check_names(points: Sequence[Point]) -> None:

@@ -7,6 +7,7 @@ two equal.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from ruamel.yaml.events import (
     NodeEvent,
     ScalarEvent,
 )
+from ruamel.yaml.nodes import ScalarNode
 
 from dualign.core.errors import ParamsError as Refused
 
@@ -34,6 +36,10 @@ MOST_VALUES = 50_000
 #: Characters of a number.
 LONGEST_NUMBER = 100
 _DIGITS = re.compile(r"[-+]?[0-9][0-9a-fA-FxXoO_.]*")
+#: A number as all readers take it: not so 0x10, 0o17, 010 and 1_000.
+_DECIMAL = re.compile(r"[-+]?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?")
+_RESOLVER = YAML(typ="safe").resolver
+_OTHERS = ("int", "float", "timestamp")
 
 
 @dataclass
@@ -79,10 +85,6 @@ def load(text: str, name: str | Path = "params.yaml") -> Any:
         return YAML(typ="safe").load(text)
     except YAMLError as error:
         raise _invalid(error, name) from None
-    except (ValueError, OverflowError) as error:  # a date or a number that Python has not
-        raise Refused(
-            f"{name}: a value cannot be read ({error}); correct it, or quote it if it is a text"
-        ) from None
 
 
 def check(text: str, name: str | Path = "params.yaml") -> None:
@@ -100,7 +102,7 @@ def _invalid(error: YAMLError, name: str | Path) -> Refused:
     mark = getattr(error, "problem_mark", None)
     where = f"{name}:{mark.line + 1}" if mark else name
     why = getattr(error, "problem", None) or getattr(error, "reason", error)
-    return Refused(f"{where}: not valid YAML ({_short(why)}); correct it there")
+    return Refused(f"{where}: not valid YAML ({_short(why)}); correct it there, or quote a text")
 
 
 def _short(text: object) -> str:
@@ -135,18 +137,23 @@ def _problem(event: Event, anchored: dict[str, _Node]) -> str:
     """What is wrong with an event by itself."""
     if isinstance(event, AliasEvent) and event.anchor not in anchored:
         name = _short(event.anchor)
-        return f"*{name} repeats what has not ended before it; write the value out"
+        return f"*{name} repeats what has not ended before it; write the value out, or quote it"
     tag = getattr(event, "tag", None)
     if tag is not None:
-        return f"the tag {_short(tag)} is not read here; write the value without it"
-    if (
-        isinstance(event, ScalarEvent)
-        and len(event.value) > LONGEST_NUMBER
-        and event.implicit[0]
-        and _DIGITS.fullmatch(event.value)
-    ):
+        return f"the tag {_short(tag)} is not read here; write the value without it, or quote it"
+    if not isinstance(event, ScalarEvent) or not event.implicit[0]:
+        return ""
+    if len(event.value) > LONGEST_NUMBER and _DIGITS.fullmatch(event.value):
         return f"a number of {len(event.value)} digits; write a shorter one, or quote a text"
+    kind = str(_RESOLVER.resolve(ScalarNode, event.value, event.implicit)).rpartition(":")[2]
+    if kind in _OTHERS and not _is_decimal(event.value):
+        said = _short(event.value)
+        return f"{said} is no decimal number, and no text to YAML; write such a number, or quote it"
     return ""
+
+
+def _is_decimal(text: str) -> bool:
+    return bool(_DECIMAL.fullmatch(text)) and math.isfinite(float(text))
 
 
 def _ended(event: Any, within: list[_Node], anchored: dict[str, _Node]) -> _Node:

@@ -34,10 +34,18 @@ def parse(argument: str) -> tuple[str, Any]:
             f"{argument}: write key=value, for example constraint.limit=-0.5, or key=null for no"
             " value"
         )
+    key = key.strip()
     try:
-        return key.strip(), yaml_text.load(text, "the value")
+        value = yaml_text.load(text, "the value")
     except PipelineError as error:
-        raise PipelineError(f"{key.strip()[:100]}: {error}; put a text in quotes") from None
+        raise PipelineError(f"{key[:100]}: {error}") from None
+    node = composed(text)
+    end = 0 if node is None else _end(node)
+    if text[end:].strip():
+        raise PipelineError(
+            f"{key[:100]}: {text[end:].strip()[:100]!r} is a comment to YAML; quote the value"
+        )
+    return key, value
 
 
 def settings_of(arguments: Sequence[str]) -> dict[str, Any]:

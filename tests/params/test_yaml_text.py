@@ -26,7 +26,13 @@ REFUSED = {
     "nothing": ("a: *b", r"1: \*b repeats what has not ended"),
     "digits": ("a: 1\nseed: " + "9" * 5000, "2: a number of 5000 digits"),
     "hexadecimal": ("a: 0x" + "f" * 5000, "1: a number of 5002 digits"),
-    "no date": ("a: 2024-99-99", "a value cannot be read"),
+    "no date": ("a: 2024-99-99", "1: 2024-99-99 is no decimal number"),
+    "an infinite number": ("a: [.inf]", r"1: \.inf is no decimal number"),
+    "a number too large": ("a: 1e400", "1: 1e400 is no decimal number"),
+    "another base": ("a: 1\nb: 0x1F", "2: 0x1F is no decimal number"),
+    "digits in groups": ("a: 1_000", "1: 1_000 is no decimal number"),
+    "a zero ahead": ("a: -010", "1: -010 is no decimal number"),
+    "a key": ("2024-11-29: 1", "1: 2024-11-29 is no decimal number"),
     "a tag": (
         "a: !!python/object/apply:os.system [ls]",
         "1: the tag tag:yaml.org,2002:python/object",
@@ -51,9 +57,11 @@ def test_what_is_beyond_a_limit_is_refused_in_one_line_at_once(case: str) -> Non
 
 
 def test_values_are_those_of_yaml_1_2() -> None:
-    text = "a: &a {x: 1, y: [1e-5, 0x1F, null, yes]}\nb: {<<: *a, y: 2}\nc: *a\n"
-    first = {"x": 1, "y": [1e-5, 31, None, "yes"]}
-    assert yaml_text.load(text) == {"a": first, "b": {"x": 1, "y": 2}, "c": first}
+    text = "a: &a {x: 1, y: [1e-5, -.5, +0, null, yes]}\nb: {<<: *a, y: 2}\nc: *a\n"
+    first = {"x": 1, "y": [1e-5, -0.5, 0, None, "yes"]}
+    second = {"x": 1, "y": 2}
+    found = yaml_text.load(f"{text}d: 1:30\n")
+    assert found == {"a": first, "b": second, "c": first, "d": "1:30"}
 
 
 def test_the_reader_of_the_pipeline_is_the_same_but_for_its_error() -> None:

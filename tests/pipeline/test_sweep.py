@@ -25,18 +25,30 @@ def test_points_are_the_product_of_the_values() -> None:
         [1e-5, "x"], [1e-5, [1, 2]], [0.5, "x"], [0.5, [1, 2]],
     ]  # fmt: skip
     assert [point.name for point in points[:2]] == ["a.b=1e-05,c=-x", "a.b=1e-05,c=-1,-2"]
-    for wrong in ("a", "a=", "=1", "a=[1", "a=1,,2"):
+    for wrong in ("a", "a=", "=1"):
         with pytest.raises(PipelineError, match="write key=value"):
+            grid([wrong])
+    for wrong in ("a=[1", "a=1,,2"):
+        with pytest.raises(PipelineError, match=r"^a: the values:\d: not valid YAML"):
             grid([wrong])
     for twice in (["a=1", "b=2", "a=3"], ["a=1,1"], ['a="x/y","x?y"']):
         with pytest.raises(PipelineError, match=r"set twice|two points have this name"):
             grid(twice)
 
 
-def test_a_date_is_no_value() -> None:
-    """YAML makes one of three numbers, which a title may begin with."""
-    with pytest.raises(PipelineError, match=r"report.title=2026-11-29: YAML reads a date here"):
-        grid(["report.title=2026-11-29,b"])
+def test_no_value_is_one_of_the_values() -> None:
+    points = grid(["lora.quantise=null,nf4"])
+    assert [point.name for point in points] == ["lora.quantise=null", "lora.quantise=-nf4"]
+    assert points[0].settings == {"lora.quantise": None}
+
+
+@pytest.mark.parametrize(
+    ("value", "key"), [("2026-11-29,b", "report.title"), ("0x10,7", "seed"), ("1_000", "seed")]
+)
+def test_a_value_means_what_it_means_in_the_file(value: str, key: str) -> None:
+    """YAML makes a date of three numbers, which a title may begin with."""
+    with pytest.raises(PipelineError, match=f"^{key}: the values:1: .* is no decimal number"):
+        grid([f"{key}={value}"])
     assert [point.settings for point in grid(['report.title="2026-11-29"'])] == [
         {"report.title": "2026-11-29"}
     ]

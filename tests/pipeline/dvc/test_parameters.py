@@ -178,6 +178,23 @@ def test_assignments_are_read_as_yaml_1_2() -> None:
             parse(bad)
 
 
+@pytest.mark.parametrize("value", ["0x10", "0o17", "017", "0b11", "1_000", "2026-11-29", ".inf"])
+def test_a_number_is_decimal_and_a_text_that_looks_otherwise_is_quoted(value: str) -> None:
+    """Readers of YAML differ in what these are, or the same text is another number to people."""
+    with pytest.raises(PipelineError, match=r"^seed: the value:1: .* is no decimal number"):
+        parse(f"seed={value}")
+    with pytest.raises(PipelineError, match=r"^seed: the value:1: .* is no decimal number"):
+        parse(f"seed=[1, {{a: {value}}}]")
+    assert parse(f'seed="{value}"') == ("seed", value)
+
+
+@pytest.mark.parametrize("value", ["Run # 3", "#3", "[1, 2] # x", "a: b # c"])
+def test_what_would_be_a_comment_is_no_part_of_a_value(value: str) -> None:
+    with pytest.raises(PipelineError, match=r"^report.title: '#.*' is a comment to YAML; quote"):
+        parse(f"report.title={value}")
+    assert parse(f"report.title='{value}'")[1] == value
+
+
 def test_a_key_is_set_once() -> None:
     assert settings_of(["a=1", "b=2"]) == {"a": 1, "b": 2}
     with pytest.raises(PipelineError, match=r"^a: set twice; set it once$"):
