@@ -29,7 +29,7 @@ from bench.options import knob
 from dualign.core.artifacts import read_json, replacing, write_json
 from dualign.core.errors import DualignError
 from dualign.evaluation.against_optimum import with_other_text
-from dualign.lm.mixture import is_policy
+from dualign.lm.folders import is_policy
 from dualign.params.certify import CertifyParams
 from dualign.params.evaluate import EvaluateParams
 from dualign.params.loading import load, read_yaml

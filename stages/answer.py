@@ -25,7 +25,8 @@ from dualign.evaluation.stats import clustered_mean
 from dualign.evaluation.suites import before_stop, read_suite
 from dualign.evaluation.truthful import choice_log_probabilities, mc1, mc2
 from dualign.lm.engines.interface import Decoding
-from dualign.lm.mixture import Policy, is_policy, policy_at
+from dualign.lm.folders import is_policy
+from dualign.lm.mixture import Policy, policy_at
 from dualign.lm.models import load_tokenizer
 from dualign.lm.sampling import Draws, draw
 from dualign.lm.tokens import encode_prompts

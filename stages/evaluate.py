@@ -30,7 +30,8 @@ from dualign.evaluation.effective_tilt import TILT_SAMPLES, tilt_on
 from dualign.evaluation.rollout import Scorers, kept_answers, log_ratios, roll_out
 from dualign.evaluation.stats import clustered_mean, clustered_share
 from dualign.evaluation.summary import summarise
-from dualign.lm.mixture import Policy, is_policy, policy_at
+from dualign.lm.folders import is_policy
+from dualign.lm.mixture import Policy, policy_at
 from dualign.math.constraints import constraint
 from dualign.math.dual.tail import value_at_risk
 from dualign.params.base import SHARES

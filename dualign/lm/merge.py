@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from dualign.core.artifacts import listed, replacing
 from dualign.core.errors import ModelError
 from dualign.core.records import AdapterConfig, as_row, read_record
+from dualign.lm.folders import ADAPTER, adapter_in
 from dualign.lm.loading import check_files, load_config
-from dualign.lm.publish import ADAPTER, adapter_in
 
 _ADAPTER = "adapter_config.json"
 

@@ -17,10 +17,9 @@ from dualign.core.artifacts import write_json
 from dualign.core.errors import DataError, ModelError
 from dualign.core.names import NAME, shown
 from dualign.core.records import Record, as_row, read_record
+from dualign.lm.folders import MIXTURE
 from dualign.lm.models import load_policy
 from dualign.params.base import Resources
-
-FILE = "mixture.json"
 
 
 class Recipe(Record):
@@ -33,7 +32,7 @@ class Recipe(Record):
 
 def components(folder: str | Path) -> tuple[tuple[float, ...], tuple[str, ...]]:
     """Weights and sub-folders of a mixture. Raises ModelError for a file not ours."""
-    path = Path(folder) / FILE
+    path = Path(folder) / MIXTURE
     try:
         recipe = read_record(path, Recipe)
     except DataError as error:
@@ -89,16 +88,9 @@ Policy = torch.nn.Module | Mixture
 
 def policy_at(folder: str | Path, resources: Resources) -> Policy:
     """The policy in a folder: a mixture where it holds `mixture.json`, else one model."""
-    if (Path(folder) / FILE).is_file():
+    if (Path(folder) / MIXTURE).is_file():
         return Mixture.load(folder, resources)
     return load_policy(folder, resources)
-
-
-def is_policy(folder: str | Path) -> bool:
-    """Whether a folder holds a policy: a model, an adapter or a mixture."""
-    return any(
-        (Path(folder) / name).is_file() for name in (FILE, "config.json", "adapter_config.json")
-    )
 
 
 def mixture_log_probability(parts: Tensor, weights: Sequence[float]) -> Tensor:
@@ -113,4 +105,4 @@ def write_mixture(policies: Sequence[str | Path], lams: Sequence[float], out: Pa
         shutil.copytree(policy, out / name)
     weights = [1 / len(names)] * len(names)
     recipe = Recipe(weights=weights, components=names, lambdas=list(lams))
-    write_json(out / FILE, as_row(recipe))
+    write_json(out / MIXTURE, as_row(recipe))

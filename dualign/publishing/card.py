@@ -29,8 +29,7 @@ from dualign.core.records import (
 from dualign.core.units import decoding_in_words
 from dualign.evaluation.measures import MEASURES
 from dualign.lm.card import HEAD
-from dualign.lm.mixture import FILE as MIXTURE
-from dualign.lm.mixture import is_policy
+from dualign.lm.folders import MIXTURE, SCORER, is_policy
 from dualign.params.base import StageParams
 from dualign.params.data import PrepareParams, SourceSpec
 from dualign.params.models import SftParams
@@ -38,7 +37,6 @@ from dualign.params.report import ReportParams
 from dualign.publishing.licences import NON_COMMERCIAL, licence_of, licence_of_base, together
 from dualign.publishing.suites import interval, judged_suites
 from dualign.report.comparison import certified_by
-from dualign.scoring.scorers import CARD as SCORER
 
 P = TypeVar("P", bound=StageParams)
 

@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None, prog: str = PROG) -> int:
 
 def _pushed(asked: argparse.Namespace) -> str:
     """What to print: the card, or where the policy lies now."""
-    from dualign.publishing.card import policy_card, published  # these import torch
+    from dualign.publishing.card import policy_card, published  # for --help to be quick
     from dualign.publishing.push import base_of_adapter, name_at, push
 
     policy = published(Path.cwd(), asked.policy.removeprefix("models/").strip("/"))

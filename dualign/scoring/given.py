@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Literal
 
 from dualign.core.errors import ModelError
+from dualign.lm.folders import SCORER
 from dualign.params.base import Resources
 from dualign.params.models import GivenScorer
 from dualign.scoring.calibration import Platt
 from dualign.scoring.kinds import KINDS, PLAIN, Place, Reading
-from dualign.scoring.scorers import CARD, Member, Scorer
+from dualign.scoring.scorers import Member, Scorer
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +34,7 @@ def load_given(
 
 
 def _member(spec: GivenScorer, meaning: Meaning, resources: Resources) -> Member:
-    own = spec.url is None and (Path(spec.path) / CARD).is_file()
+    own = spec.url is None and (Path(spec.path) / SCORER).is_file()
     member = _calibrated(spec, resources) if own else _foreign(spec, resources)
     log.info("%s: given, kind %s, higher is %s", spec.path, spec.kind, spec.higher_is)
     if spec.higher_is == meaning:

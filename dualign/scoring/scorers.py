@@ -21,10 +21,10 @@ from dualign.core.progress import Progress
 from dualign.core.records import fault
 from dualign.core.schema import Message
 from dualign.lm.batches import by_length
+from dualign.lm.folders import ADAPTER, SCORER
 from dualign.lm.loading import context_of
 from dualign.lm.models import adapter_base, merged, save
 from dualign.lm.numerics import padded_rows
-from dualign.lm.publish import ADAPTER
 from dualign.lm.tokens import encode_conversations
 from dualign.params.base import Frozen, Resources
 from dualign.scoring.calibration import Calibration, Isotonic, Platt
@@ -39,8 +39,6 @@ from dualign.scoring.kinds import (
 )
 
 log = logging.getLogger(__name__)
-
-CARD = "scorer.json"
 
 
 @dataclass(frozen=True)
@@ -188,7 +186,7 @@ class Scorer:
         A scorer that was trained as an adapter is one on its base, which it shares with policies,
         where that is here; elsewhere it has weights of its own.
         """
-        card = read_card(Path(folder) / CARD)
+        card = read_card(Path(folder) / SCORER)
         if card.base is not None and weights_of(adapter_base(Path(folder) / ADAPTER)) == card.base:
             return cls.of(
                 [Member(load_adapted(Path(folder), resources), source=str(folder))], card.read()
@@ -223,13 +221,13 @@ class Scorer:
                 card = card.model_copy(update={"base": base})
                 model = merged(copy.deepcopy(model))
             save(model, first.loaded.tokenizer, folder)
-            card.write(folder / CARD)
+            card.write(folder / SCORER)
             return
         for i, member in enumerate(self.members):
             save(member.loaded.model, member.loaded.tokenizer, folder / str(i))
         cards = [_card_of(str(i), member) for i, member in enumerate(self.members)]
         card = Card(**asdict(self.calibration), spread=self.spread, members=cards)
-        card.write(folder / CARD)
+        card.write(folder / SCORER)
 
     def calibrated(self, calibration: Calibration) -> Scorer:
         """The same members behind another calibration."""
@@ -289,7 +287,7 @@ def _loaded(folder: Path, card: MemberCard, resources: Resources) -> Member:
     """A member from its folder beside the card."""
     if card.kind not in KINDS:
         raise ModelError(
-            f"{folder / CARD}: {card.kind!r} is no kind of scorer; one of {', '.join(KINDS)}"
+            f"{folder / SCORER}: {card.kind!r} is no kind of scorer; one of {', '.join(KINDS)}"
         )
     kind = KINDS[card.kind]
     place = str(folder / card.folder)

@@ -15,9 +15,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from dualign.data import world
 from dualign.lm import models
+from dualign.lm.folders import ADAPTER
 from dualign.lm.merge import merge
 from dualign.lm.mixture import policy_at, write_mixture
-from dualign.lm.publish import ADAPTER, publish
+from dualign.lm.publish import publish
 from dualign.params.base import LoraParams, Resources
 from tests.tiny import WIDER
 

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from threading import Thread
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -215,14 +221,106 @@ def write_provenance(root: Path, stage: str, params: dict[str, Any]) -> None:
     write_json(root / f"reports/provenance/{stage}.json", as_row(ran))
 
 
+class Hub(BaseHTTPRequestHandler):
+    """A hub that answers what it is told, and counts what it is asked."""
+
+    status = 200
+    said: ClassVar[dict[str, Any]] = {}
+    asked: ClassVar[list[str]] = []
+
+    def do_GET(self) -> None:
+        type(self).asked.append(self.path)
+        body = json.dumps(self.said).encode()
+        self.send_response(self.status)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Content-Type", "application/json")
+        self.end_headers()
+        self.wfile.write(body)
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.do_GET()
+
+    def log_message(self, *told: object) -> None:
+        """Nothing."""
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]:
+    """A hub on this machine, which the client is led to."""
+    Hub.status, Hub.said, Hub.asked = 200, {}, []
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    yield Hub
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize(
+    ("status", "remedy"),
+    [
+        (401, r"; `hf auth login` as one"),
+        (403, r"; `hf auth login` as one .*; or name an owner of yours"),
+        (404, r"; correct --to owner/name"),
+        (500, r"; look after the network"),
+    ],
+)
+def test_what_the_hub_refuses_is_one_line_with_the_remedy_before_weights_are_loaded(
+    run: Path, hub: type[Hub], status: int, remedy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.status = status
+    hub.said = {"error": "not so"}
+    shutil.rmtree(run / "models/sft")  # without which weights would be missed
+    with pytest.raises(DataError, match=rf"^owner/sft: cannot be pushed \(.*\){remedy}") as told:
+        push(policy(run, "reward_dpo/one"), "owner/sft")
+    assert len(str(told.value).splitlines()) == 1
+
+
+def test_nothing_private_goes_to_a_repository_that_is_public(run: Path, hub: type[Hub]) -> None:
+    """The hub leaves one that is there as it is, whatever is asked for."""
+    hub.said = {
+        "url": "https://huggingface.co/owner/sft",
+        "id": "owner/sft",
+        "private": False,
+        "tags": [],
+    }
+    with pytest.raises(DataError, match=r"^owner/sft: is there and public; make it private"):
+        push(policy(run, "sft"), "owner/sft", private=True)
+    assert not any("commit" in path or "upload" in path for path in hub.asked)
+
+
 def test_a_hub_that_is_not_reached_is_told_in_one_line(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its client raises errors of the network that are none of the system's."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(DataError, match=r"^owner/sft: cannot be pushed \(.*\); unset HF_HUB_OFF"):
+        push(policy(run, "sft"), "owner/sft")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
     with pytest.raises(DataError, match=r"^owner/sft: cannot be pushed \(.*refused.*\); look"):
         push(policy(run, "sft"), "owner/sft")
+
+
+def test_a_mistake_of_the_program_is_none_of_the_network(
+    run: Path, hub: type[Hub], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.said = {"url": 5}
+    with pytest.raises((TypeError, AttributeError)):
+        push(policy(run, "sft"), "owner/sft")
+
+
+def test_a_refusal_does_not_wait_for_torch(tmp_path: Path) -> None:
+    script = """
+import sys
+from dualign.publishing.command import main
+status = main(["none", "--to", "owner/it"])
+sys.exit(0 if status == 2 and "torch" not in sys.modules else 1)
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True)
+    assert done.returncode == 0 and b"models/none: holds no policy" in done.stderr
 
 
 def test_a_policy_whose_card_is_gone_is_told(run: Path) -> None:

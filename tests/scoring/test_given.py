@@ -26,6 +26,7 @@ from transformers import (
 from dualign.core.errors import DualignError, ModelError, ParamsError
 from dualign.core.schema import Message, user
 from dualign.data import world
+from dualign.lm.folders import SCORER
 from dualign.lm.models import load_tokenizer
 from dualign.params import loading
 from dualign.params.base import Resources
@@ -33,7 +34,7 @@ from dualign.params.models import GivenScorer, ScorerKind
 from dualign.scoring.calibration import Isotonic, Platt
 from dualign.scoring.given import load_given
 from dualign.scoring.kinds import KINDS
-from dualign.scoring.scorers import CARD, Scorer
+from dualign.scoring.scorers import Scorer
 from tests.scoring.conftest import ROOT, SIZES, TEXTS, Maker
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -569,7 +570,7 @@ def test_a_wrong_card_is_named_by_file_and_key(
     classifier: Maker, resources: Resources, tmp_path: Path, change: dict[str, Any], told: str
 ) -> None:
     load_given([classifier()], "harmful", 0.0, resources).save(tmp_path / "saved")
-    card = tmp_path / "saved" / CARD
+    card = tmp_path / "saved" / SCORER
     card.write_text(json.dumps({**json.loads(card.read_text()), **change}))
     with pytest.raises(ModelError) as caught:
         Scorer.load(tmp_path / "saved", resources)
@@ -584,7 +585,7 @@ def test_an_unknown_kind_in_a_card_is_named(
         tmp_path / "saved"
     )
     assert "given, kind classifier, higher is helpful" in caplog.text
-    card = tmp_path / "saved" / CARD
+    card = tmp_path / "saved" / SCORER
     card.write_text(card.read_text().replace('"classifier"', '"oracle"'))
     with pytest.raises(
         ModelError, match=r"scorer\.json: 'oracle' is no kind of scorer; one of classifier, labels"

@@ -18,12 +18,13 @@ from transformers import PreTrainedTokenizerBase
 from dualign.core.artifacts import read_json, write_parquet
 from dualign.core.errors import DataError
 from dualign.core.schema import HELPFUL_PAIRS, SAFETY_PAIRS, read_table
+from dualign.lm.folders import SCORER
 from dualign.lm.models import build_scratch, load_scorer_backbone, save
 from dualign.params.base import Resources
 from dualign.params.loading import load
 from dualign.params.models import CostModelParams, GivenScorer, RewardModelParams
 from dualign.scoring.calibration import Platt, fit_slope, sigmoid
-from dualign.scoring.scorers import CARD, Scorer
+from dualign.scoring.scorers import Scorer
 from dualign.stage import Run
 from dualign.training.fitting import heldout_answers, local_inputs
 from stages import cost_model, reward_model
@@ -189,7 +190,7 @@ def test_several_given_scorers_are_put_on_one_scale_and_served_self_contained(
         first, abs=1e-3
     )
     assert metrics["given"] == 2
-    card = json.loads((Path("models/cost_model") / CARD).read_text())
+    card = json.loads((Path("models/cost_model") / SCORER).read_text())
     assert [member["folder"] for member in card["members"]] == ["0", "1"] and card["spread"] == 2.0
     assert [member["source"] for member in card["members"]] == ["models/one", "models/other"]
 
