@@ -7,6 +7,7 @@ workspace."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -51,9 +52,11 @@ class Result:
 
 def key_of(stage: str, workspace: str) -> str:
     """The artifact key of a stage in a workspace; Prefect takes lower case letters, digits and
-    dashes.
+    dashes. A hash tells names apart that are alike in these.
     """
-    return "stage-" + re.sub(r"[^a-z0-9]+", "-", f"{stage} {workspace}".lower()).strip("-")
+    name = f"{stage} {workspace}"
+    digits = hashlib.sha256(name.encode()).hexdigest()[:6]
+    return "-".join(["stage", *re.findall(r"[a-z0-9]+", name.lower()), digits])
 
 
 def recorded_metrics(cache: Path, spec: StageSpec, entry: Mapping[str, Any]) -> dict[str, Any]:

@@ -160,7 +160,7 @@ def test_a_summary_names_each_stage_and_what_failed(project: Project) -> None:
     for row in (
         "| first | unchanged |  |",
         "| left | failed | 3.0 s |",
-        "| [right](/artifacts/key/stage-right-here) |",
+        f"| [right](/artifacts/key/{key_of('right', 'here')}) |",
     ):
         assert row in page
 
@@ -181,12 +181,20 @@ def test_a_summary_says_where_the_report_is(project: Project) -> None:
     assert f"(file://{page}), a file" in summary_page(project.root, "here", dag, made)
 
 
+def test_each_stage_has_a_key_of_its_own_in_each_workspace() -> None:
+    names = ["run@a_b", "run@a-b", "run@a.b", "run@A_b", "run_a@b", "run"]
+    keys = [key_of(name, place) for name in names for place in ("here", "Here", "a_b here")]
+    assert len(set(keys)) == len(keys)
+    assert all(re.fullmatch("[a-z0-9]+(-[a-z0-9]+)*", key) for key in [*keys, key_of("a", "é")])
+    found = key_of("dual_search@p_SACPO", "Al.node1-3f")
+    assert re.fullmatch("stage-dual-search-p-sacpo-al-node1-3f-[0-9a-f]{6}", found)
+
+
 def test_words() -> None:
     assert (
         counts(["Unchanged", "Completed", "Unchanged", "NotStarted"])
         == "1 completed, 2 unchanged, 1 not started"
     )
-    assert key_of("dual_search@p_SACPO", "Al.node1-3f") == "stage-dual-search-p-sacpo-al-node1-3f"
     assert [size(value) for value in (0, 1023, 1536, 3 * 2**30)] == [
         "0 B",
         "1023 B",
