@@ -656,6 +656,16 @@ def test_half_of_a_surrogate_pair_can_be_written_to_the_quarantine(run: Any) -> 
     assert bad[0]["reason"] == "not_unicode" and "\ud83d" in json.loads(bad[0]["row"])["chosen"]
 
 
+def test_each_line_of_the_quarantine_is_json_whatever_the_row_holds(
+    run: Any, tmp_path: Path
+) -> None:
+    """Python reads NaN from a row, which JSON has not; the row is kept as a text."""
+    run(safety=[pair(99, chosen=float("nan"), note=[float("inf")])])
+    lines = (tmp_path / "out/quarantine.jsonl").read_text().splitlines()
+    (row,) = [json.loads(line, parse_constant=pytest.fail) for line in lines]
+    assert row["reason"] == "not_text" and "NaN" in row["row"] and "nan" in row["detail"]
+
+
 # --- the guide ------------------------------------------------------------------------------------
 
 GUIDE = (ROOT / "docs" / "data.md").read_text()
