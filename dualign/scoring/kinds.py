@@ -26,6 +26,7 @@ from transformers import (
 from dualign.core.artifacts import listed
 from dualign.core.errors import ModelError
 from dualign.core.schema import Message, user
+from dualign.lm.folders import ADAPTER
 from dualign.lm.loading import files_of, load_config, load_model, require, with_adapter
 from dualign.lm.models import (
     adapter_base,
@@ -36,7 +37,6 @@ from dualign.lm.models import (
     read_tokenizer,
 )
 from dualign.lm.numerics import in_precision
-from dualign.lm.publish import ADAPTER
 from dualign.lm.templates import own_template, read_template
 from dualign.lm.tokens import QUESTION, common_prefix, encode_conversations, encode_rendered, render
 from dualign.params.base import Frozen, Resources

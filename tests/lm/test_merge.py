@@ -22,8 +22,8 @@ from transformers import (
 )
 
 from dualign.core.errors import DualignError, ModelError
+from dualign.lm.folders import adapter_in
 from dualign.lm.merge import merge
-from dualign.lm.publish import adapter_in
 
 IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
 
