@@ -105,9 +105,9 @@ def judge_pairs(verdicts: pd.DataFrame, confidence: float) -> list[Row]:
 
 
 def _same_answers(one: pd.DataFrame, other: pd.DataFrame) -> pd.DataFrame:
-    """The first verdict of both on each answer."""
-    first, second = (table[table["repeat"] == 0] for table in (one, other))
-    return first.merge(second, on=_ANSWER, suffixes=("_first", "_second"))
+    """The first verdict of both on each answer on which neither failed."""
+    told = [table[table["failure"].isna() & (table["repeat"] == 0)] for table in (one, other)]
+    return told[0].merge(told[1], on=_ANSWER, suffixes=("_first", "_second"))
 
 
 def _agreed(both: pd.DataFrame, key: str, confidence: float) -> Interval | None:

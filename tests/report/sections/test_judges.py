@@ -42,6 +42,20 @@ def test_a_learnt_scorer_is_seen_as_a_gap(judged: Run) -> None:
     assert group["most"]["name"] == "reward_dpo" and "cost" not in group["rows"][0]["gains"]
 
 
+def test_an_answer_on_which_a_judge_failed_is_not_compared() -> None:
+    verdict = {"policy": "sft", "sample": 0, "repeat": 0, "failure": None}
+    scores = dict.fromkeys(("reward", "cost", "refused", "truthful", "win"))
+    rows = [
+        {**verdict, **scores, "judge": judge, "prompt_id": str(number), "unsafe": number % 2}
+        for judge in ("one", "other")
+        for number in range(20)
+    ]
+    for row in rows[32:]:
+        row.update(unsafe=None, failure="time-out")
+    (pair,) = judges.judge_pairs(pd.DataFrame(rows), 0.95)
+    assert pair["answers"] == 12 and pair["scores"]["unsafe"].mean == 1
+
+
 def test_the_gap_knows_that_the_deviation_is_an_estimate(judged: Run) -> None:
     """Its error is that of leaving out one prompt after the other, deviation and all."""
     run = FinishedRun(*judged)
