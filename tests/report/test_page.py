@@ -220,13 +220,13 @@ def test_the_certified_policy_is_the_one_to_use(certified: Callable[..., Run]) -
     card = page.within("id", "certificate")
     assert "Use certified" in verdict and "(aligned/dualign at 1.5) is certified" in verdict
     assert (
-        "with 95% confidence its expected cost is at most −0.30 (limit −0.15). It was tested"
+        "with 95% confidence its expected cost is at most −0.15 (bound −0.30). It was tested"
         in verdict
     )
     drawn = "answers of at most 48 tokens, 98% of which ended by themselves."
     assert "tested on 400 prompts" in verdict and f"had seen, by {drawn}" in verdict
     assert (
-        "aligned/dualign at 1.5 : its expected cost is at most −0.30 (limit −0.15)." in card
+        "aligned/dualign at 1.5 : its expected cost is at most −0.15 (bound −0.30)." in card
         and f"It is about {drawn}" in card
     )
     assert card.count("passed") == 2 and "failed 1,234" in card
@@ -594,8 +594,8 @@ def test_p_unsafe_as_the_only_limit(certified: Callable[..., Run]) -> None:
     page = render(root, params.model_copy(update={"limit": 100.0}))
     card = page.within("id", "certificate")
     assert (
-        "its expected cost is at most −0.30 (limit 100) and its share of unsafe answers is at most"
-        " 9.0% (limit 10%)." in card
+        "its expected cost is at most 100 (bound −0.30) and its share of unsafe answers is at most"
+        " 10% (bound 9.0%)." in card
     )
     # 0.02 away at 400 prompts: twice as many take 29 % off that, 5.9 points of a thousand, at price
     # 5.
