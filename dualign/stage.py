@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, NoReturn, TypeVar
 
-from dualign import launch
+from dualign import declared, launch
 from dualign.core import ranks, reporting, work
 from dualign.core.artifacts import is_full, listed, sha256, write_fault, write_json, write_rows
 from dualign.core.errors import DualignError, ParamsError
@@ -199,10 +199,13 @@ def _work(main: Callable[[Run[P]], None], run: Run[P]) -> None:
     resources = run.resources
     work.begin(peak_of(resources.peak_tflops, resources.device, resources.precision))
     started = time.monotonic()
+    data = declared.data_of(run.stage, run.item, PARAMS)
+    before = declared.state(data)
     with reporting.reporting(resources.report_to, run.name, run.params.model_dump(mode="json")):
         main(run)
         run.check_unedited()
-        _provenance(run, time.monotonic() - started)
+        edited = [*_edited(), *declared.changed(before, declared.state(data))]
+        _provenance(run, time.monotonic() - started, edited)
     ranks.leave()
 
 
@@ -381,20 +384,19 @@ def _own_name(name: str, module: Any) -> str:
 
 
 def _tell_edited(run: Run[P], files: Sequence[str]) -> None:
-    """Warn of code that was edited meanwhile: DVC reads it now that the stage has ended."""
+    """Warn of code and data that were edited meanwhile: DVC reads them when the stage has ended."""
     if files:
         log.warning(
-            "edited while %s ran: %s; DVC takes the result for one of the new code. If that makes"
-            " another result, run it again: dvc repro --force --single-item %s",
+            "edited while %s ran: %s; DVC takes the result for one of what is there now. If that"
+            " makes another result, run it again: dvc repro --force --single-item %s",
             run.name,
             ", ".join(files),
             run.name.replace("/", "@"),
         )
 
 
-def _provenance(run: Run[P], seconds: float) -> None:
+def _provenance(run: Run[P], seconds: float, edited: Sequence[str]) -> None:
     gpu = None
-    edited = _edited()
     _tell_edited(run, edited)
     if "torch" in sys.modules:
         import torch
@@ -417,7 +419,7 @@ def _provenance(run: Run[P], seconds: float) -> None:
         "throughput": run.throughput,
         "work": work.recorded(),
         "sources": run.sources,
-        "edited": edited,
+        "edited": list(edited),
     }
     write_json(Path("reports/provenance") / f"{run.name}.json", content)
     log.info("%s done in %.1f s, peak memory %.0f MiB", run.name, seconds, content["peak_rss_mib"])

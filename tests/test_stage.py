@@ -23,6 +23,7 @@ import pytest
 from dualign import stage
 from dualign.core.artifacts import read_json
 from dualign.core.errors import AwaitingLabels, DataError, DualignError
+from dualign.declared import data_of
 from dualign.params.base import StageParams
 from dualign.params.dual import DualInitParams
 from dualign.params.evaluate import EvaluateParams
@@ -452,6 +453,51 @@ def test_code_that_is_edited_while_a_stage_runs_is_told(
     assert "edited while dual_init ran: stages/own.py; DVC takes the result for one of" in told
     assert "dvc repro --force --single-item dual_init" in told
     assert read_json(folder / "reports/provenance/dual_init.json")["edited"] == ["stages/own.py"]
+
+
+GRAPH = """
+stages:
+  dual_init:
+    deps: [stages/own.py, "${prepare.folder}", data/one.parquet, data/none.parquet]
+  safety_dpo:
+    foreach: ${safety_dpo.runs}
+    do: {deps: [dualign/core, "models/${item.reference}", models/sft]}
+"""
+
+
+def test_data_that_is_edited_while_a_stage_runs_is_told(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """DVC hashes it after the stage, and records the new data for the old result."""
+    rows = folder / "data/raw/rows.jsonl"
+    one = folder / "data/one.parquet"
+    rows.parent.mkdir(parents=True, exist_ok=True)
+    (folder / "dvc.yaml").write_text(GRAPH)
+    for path in (rows, one, rows.with_name(".hidden")):
+        path.write_text("1")
+
+    def main(run: Run[DualInitParams]) -> None:
+        rows.write_text("12")
+        rows.with_name(".hidden").write_text("12")
+        rows.with_name("new.jsonl").write_text("1")
+        (folder / "data/other").write_text("1")
+
+    execute(main, DualInitParams, [])
+    edited = ["data/raw/new.jsonl", "data/raw/rows.jsonl"]
+    assert read_json(folder / "reports/provenance/dual_init.json")["edited"] == edited
+    assert f"edited while dual_init ran: {', '.join(edited)}; DVC takes" in caplog.text
+    execute(lambda run: one.unlink(), DualInitParams, [])
+    told = read_json(folder / "reports/provenance/dual_init.json")["edited"]
+    assert told == ["data/one.parquet"]
+
+
+def test_an_instance_reads_what_its_row_names(folder: Path) -> None:
+    (folder / "dvc.yaml").write_text(GRAPH)
+    own = next(iter(load(SafetyDpoParams).runs))
+    reference = load(SafetyDpoParams).runs[own].reference
+    found = data_of("safety_dpo", own, Path("params.yaml"))
+    assert found == [Path("models") / reference, Path("models/sft")]
+    assert data_of("unknown", None, Path("params.yaml")) == []
 
 
 def test_scratch_wants_its_inputs_and_a_place_that_can_be_written(

@@ -517,8 +517,8 @@ class Comparison(Record):
 
 
 class Provenance(Record):
-    """reports/provenance/STAGE.json or STAGE/ITEM.json. `edited` is code that was edited while the
-    stage ran."""
+    """reports/provenance/STAGE.json or STAGE/ITEM.json. `edited` are files of code and data that
+    were edited while the stage ran."""
 
     stage: str
     item: str | None
