@@ -24,8 +24,9 @@ from dualign.core.errors import DualignError
 
 #: Exit status where a command cannot be carried out as asked.
 REFUSED = 2
-#: That of a shell where nobody reads what is told any more.
+#: Those of a shell where nobody reads what is told any more, and after Ctrl-C.
 UNREAD = 141
+INTERRUPTED = 130
 PIPELINE = "pipeline.__main__"
 
 ABOUT = "Constrained alignment of language models. Each command tells its options with --help."
@@ -125,6 +126,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # whoever reads, `head` say, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return UNREAD
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        return INTERRUPTED
 
 
 def _alone(given: list[str]) -> int:

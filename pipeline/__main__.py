@@ -393,6 +393,7 @@ def _seeds(arguments: argparse.Namespace) -> int:
 def _since(arguments: argparse.Namespace) -> int:
     from pipeline.earlier import KEPT, keep
 
+    _dag()
     whose = keep(Path.cwd(), arguments.revision)
     _say(
         [

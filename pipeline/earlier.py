@@ -83,8 +83,11 @@ def _lock(root: Path, commit: str) -> str:
 
 
 def _hashes(lock: str) -> dict[str, str]:
-    """The hashes of all outputs in the text of dvc.lock, by path."""
-    content: Any = parse_yaml(lock, "dvc.lock") or {}
+    """The hashes of all outputs in the text of dvc.lock, by path; none of one that is damaged."""
+    try:
+        content: Any = parse_yaml(lock, "dvc.lock") or {}
+    except DvcException:  # half a merge, say
+        content = {}
     outs = [out for stage in content.get("stages", {}).values() for out in stage.get("outs", [])]
     return {out["path"]: out.get("md5", "") for out in outs}
 
@@ -99,7 +102,7 @@ def _provenance(repo: Repo, root: Path, commit: str) -> list[str]:
 def _json(repo: Repo, name: str, path: str) -> Any:
     try:
         return json.loads(repo.dvcfs.read_text(f"/{path}"))
-    except (FileNotFoundError, DvcException):
+    except (FileNotFoundError, DvcException, ValueError):
         raise _missing(name, path) from None
 
 

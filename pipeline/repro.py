@@ -11,6 +11,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from pipeline import yaml_text
+from pipeline.errors import PipelineError
+
 PROG = "python -m pipeline.repro"
 
 
@@ -24,9 +27,13 @@ def main(argv: Sequence[str] | None = None, prog: str = PROG) -> int:
             " repository\n"
         )
         return 2
-    with file.open("rb") as params:
-        check = [sys.executable, "-m", "dualign.params.loading", file.name]
-        status = subprocess.run(check, stdin=params, check=False).returncode
+    try:
+        text = yaml_text.read(file)
+    except PipelineError as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
+    check = [sys.executable, "-m", "dualign.params.loading", file.name]
+    status = subprocess.run(check, input=text.encode(), check=False).returncode
     if status:
         return status
     # dvc.yaml says `python`: let it be this one.

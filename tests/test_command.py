@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import io
 import json
 import os
 import re
@@ -14,10 +15,14 @@ import tomllib
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
-from dualign.command import COMMANDS, PIPELINE
+from dualign.command import COMMANDS, PIPELINE, main
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer as Buffer
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = (
@@ -200,6 +205,24 @@ def test_a_reader_that_has_enough_is_no_fault(repo_root: Path) -> None:
     assert (done.returncode, done.stderr) == (141, "")
 
 
+class Interrupting(io.RawIOBase):
+    """A standard input at which somebody presses Ctrl-C."""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Buffer) -> int:
+        raise KeyboardInterrupt
+
+
+def test_an_interrupt_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BufferedReader(Interrupting())))
+    assert main(["params"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
 def test_params_are_checked_anywhere(site: Path, elsewhere: Path) -> None:
     text = (ROOT / "params.yaml").read_text()
     assert dualign(site, elsewhere, "params", given=text).returncode == 0
@@ -238,6 +261,10 @@ def test_repro_refuses_params_that_no_stage_takes(site: Path, checkout: Path) ->
     refused = dualign(site, checkout, "repro")
     assert refused.returncode == 2 and refused.stderr.startswith("params.yaml: ")
     assert not (checkout / "written").exists()
+    (checkout / "params.yaml").unlink()
+    (checkout / "params.yaml").write_bytes(b"\xff")
+    refused = dualign(site, checkout, "repro")
+    assert refused.returncode == 2 and refused.stderr.count("\n") == 1
     (checkout / "params.yaml").unlink()
     assert "lacks params.yaml" in dualign(site, checkout, "repro").stderr
 

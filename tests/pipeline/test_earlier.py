@@ -123,3 +123,21 @@ def test_what_cannot_be_had_is_told_and_nothing_is_replaced(
     with pytest.raises(PipelineError, match="neither DVC's cache nor its remote has this"):
         keep(root, "HEAD~1")
     assert (root / KEPT).read_text() == before
+
+
+def test_half_a_merge_in_dvc_lock_is_told_and_one_of_an_earlier_commit_is_passed_over(
+    committed: Project, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = committed.root
+    whole = (root / "dvc.lock").read_text()
+    run(committed, 2)
+    other = (root / "dvc.lock").read_text()
+    (root / "dvc.lock").write_text(f"<<<<<<< HEAD\n{whole}=======\n{other}>>>>>>> two\n")
+    assert main(["since"]) == 2
+    assert "take one side of a merge" in capsys.readouterr().err
+    commit(committed, "half a merge")
+    with pytest.raises(PipelineError, match="HEAD: "):
+        keep(root, "HEAD")
+    (root / "dvc.lock").write_text(other)
+    keep(root, None)
+    assert limit(root) == 1
