@@ -48,13 +48,14 @@ def test_an_answer_of_one_token_keeps_it() -> None:
 
 def test_a_conversation_that_lost_its_beginning_is_cut_at_the_same_token() -> None:
     """A limit of 22 tokens leaves one of the prompt before the longer answers."""
-    trimmed = [[row[-22:] for row in rows] for rows in SIDES]
+    trimmed = [[row[-22:] for row in SIDES[0]], SIDES[1]]
     whole = with_cuts(SIDES, ANSWERS, 1.0, 7)
     for side, full in zip(with_cuts(trimmed, ANSWERS, 1.0, 7), whole, strict=True):
         assert [row[-1] for row in side] == [row[-1] for row in full]
 
 
 def test_an_answer_that_lost_its_beginning_keeps_half_of_what_is_left() -> None:
-    [side] = with_cuts([[row[-12:] for row in SIDES[0]]], ANSWERS[:1], 1.0, 7)
+    trimmed = [row[-12:] for row in SIDES[0]]
+    [side] = with_cuts([trimmed], ANSWERS[:1], 1.0, 7)
     assert {len(row) for row in side} == set(range(6, 12))
-    assert all(row == full[-12:][: len(row)] for row, full in zip(side, SIDES[0], strict=True))
+    assert all(row == full[: len(row)] for row, full in zip(side, trimmed, strict=True))
