@@ -169,12 +169,13 @@ def rows_of(lab: Lab, policies: Sequence[str] | None = None) -> Iterator[dict[st
         if measured.get("absent"):
             continue
         found = truth.worth(lab, name, folder)
+        lowest = measured["true_cost"]["low"]
         certified = folder.startswith("certified/")  # a method's policy once more, made safer
         yield {
             "seed": lab.seed,
             "policy": f"{folder.partition('/')[2]}, certified" if certified else name,
             **truth.judged(found),
-            "least_excess": measured["true_cost"]["low"] - params.limit,
+            "least_excess": None if lowest is None else lowest - params.limit,
             "displacement": measured["displacement"]["mean"],
             **(dict.fromkeys(_EFFORT) if certified else _effort(lab, folder)),
         }
@@ -377,7 +378,8 @@ def within(row: Mapping[str, Any]) -> bool:
     """Whether the limit lies in the confidence interval of the true cost, or above it: a breach is
     not shown.
     """
-    return bool(row["least_excess"] <= 0)
+    least = row["least_excess"]
+    return least is None or bool(least <= 0)
 
 
 def _rank(own: Sequence[Mapping[str, Any]]) -> tuple[float, float]:

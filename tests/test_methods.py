@@ -189,4 +189,5 @@ def test_safety_first_is_one_shot() -> None:
 @pytest.mark.parametrize("path", SHIPPED, ids=str)
 def test_every_row_of_a_shipped_file_is_accepted(path: Path, tmp_path: Path) -> None:
     rows = load(DualSearchParams, written(path, tmp_path)).methods
-    assert rows and [plan(name, given).name for name, given in rows.items()] == list(rows)
+    assert rows or path.stem == "audit", "an audit searches for nothing"
+    assert [plan(name, given).name for name, given in rows.items()] == list(rows)
