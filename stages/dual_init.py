@@ -124,7 +124,13 @@ def as_scored(pool: pd.DataFrame, scored: Scored, params: DualInitParams) -> Mul
     """
     believed = replace(scored, reward=by_prompt(pool, "reward"), cost=by_prompt(pool, "cost"))
     solution, prices = solve_at(params.beta, pool, believed, params)
-    margin = with_margin(solution, params)
+    return multipliers(solution, with_margin(solution, params), prices)
+
+
+def multipliers(
+    solution: DualSolution, margin: MarginSolution, prices: Sequence[Price]
+) -> Multipliers:
+    """What trainings and searches take of a solved dual."""
     return Multipliers(
         lam=solution.lam,
         lam_low=solution.lam_interval[0],
@@ -199,21 +205,16 @@ def describe(
     half_drift, half_drift_cost = drift(solution.reward, cost, solution.lam, params)
     zero_low, zero_high = at_zero_error(solution, params, error)
     return SolvedDual(
-        lam=solution.lam,
-        lam_low=solution.lam_interval[0],
-        lam_high=solution.lam_interval[1],
+        **dict(multipliers(solution, margin, prices)),
         lam_slope=solution.slope,
         zero_error=error,
         lam_zero_low=zero_low,
         lam_zero_high=zero_high,
         limit=params.limit,
-        target=margin.target,
         certificate_margin=margin.margin,
-        lam_margin=margin.lam,
         lambda_max=params.lambda_max,
         beta=solution.beta,
         slack=solution.slack,
-        prices=[PriceRow(**price.as_dict()) for price in prices],
         cost_reference=float(cost.mean()),
         cost_unconstrained=_cost(solution, 0.0),
         reachable_minimum=_cost(solution, params.lambda_max),
