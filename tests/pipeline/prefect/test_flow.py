@@ -41,22 +41,37 @@ def flow_run(state: State[Any]) -> UUID:
     return state.state_details.flow_run_id
 
 
-def tasks(client: SyncPrefectClient, run: UUID) -> dict[str, Any]:
-    """The task runs by name; the server takes a moment to know their last state."""
-    mine = FlowRunFilter(id=FlowRunFilterId(any_=[run]))
+def started(state: State[Any]) -> int:
+    """How many stages a run started, of a message such as `left: no; 1 failed, 1 completed`."""
+    assert state.message is not None
+    counts = state.message.rpartition(";")[2].split(",")
+    told = [count.split(maxsplit=1) for count in counts]
+    return sum(int(number) for number, word in told if word != "not started")
+
+
+def tasks(client: SyncPrefectClient, state: State[Any]) -> dict[str, Any]:
+    """The task runs of a flow run by name; the server takes a moment to know all of them."""
+    mine = FlowRunFilter(id=FlowRunFilterId(any_=[flow_run(state)]))
     found: dict[str, Any] = {}
 
     def final() -> bool:
         found.clear()
         found.update({task.name: task for task in client.read_task_runs(flow_run_filter=mine)})
-        return bool(found) and all(task.state and task.state.is_final() for task in found.values())
+        ended = [task for task in found.values() if task.state and task.state.is_final()]
+        return len(ended) == len(found) == started(state)
 
     until(final)
     return found
 
 
 def states(client: SyncPrefectClient, state: State[Any]) -> dict[str, str]:
-    return {name: task.state.name for name, task in tasks(client, flow_run(state)).items()}
+    return {name: task.state.name for name, task in tasks(client, state).items()}
+
+
+def passed(client: SyncPrefectClient, task: Any) -> list[str]:
+    """The states that a task run went through, in their order."""
+    known = sorted(client.read_task_run_states(task.id), key=lambda one: one.timestamp)
+    return [one.name for one in known]
 
 
 def logged(client: SyncPrefectClient, run: UUID) -> list[str]:
@@ -132,7 +147,7 @@ def test_a_failure_says_why_and_what_follows_is_not_started(
     state = alignment(jobs=2, return_state=True)
     reason = "left: params.yaml: rate must be positive (exit 2)"
     assert state.is_failed() and state.message == f"{reason}; 2 completed, 1 failed, 1 not started"
-    found = tasks(client, flow_run(state))
+    found = tasks(client, state)
     assert {name: task.state.name for name, task in found.items()} == {
         "first": "Completed", "left": "Failed", "right": "Completed",
     }  # fmt: skip
@@ -156,7 +171,7 @@ def test_a_stage_that_waits_for_people_is_not_tried_again_and_goes_on_after_them
         "AwaitingLabels",
         f"{said}; 1 awaiting labels, 1 not started",
     )
-    task = tasks(client, flow_run(state))["first"]
+    task = tasks(client, state)["first"]
     assert (task.run_count, task.state.name) == (1, "AwaitingLabels")
     (project.root / "labels/labelled-1.jsonl").write_text("unsafe: 1")
     assert alignment(stages=["first"], return_state=True).is_completed()
@@ -166,7 +181,7 @@ def test_another_attempt_goes_on(project: Project, client: SyncPrefectClient) ->
     project.set(first={"then": "stumble"})
     state = alignment(stages=["first"], return_state=True)
     assert state.is_completed()
-    task = tasks(client, flow_run(state))["first"]
+    task = tasks(client, state)["first"]
     assert (task.run_count, task.state.name) == (2, "Completed")
     until(lambda: "resuming from step 1" in logged(client, flow_run(state)))
     assert not [
@@ -184,9 +199,7 @@ def test_independent_stages_run_side_by_side(project: Project, client: SyncPrefe
         "left": "Completed",
         "right": "Completed",
     }
-    assert {task.name: list(task.tags) for task in tasks(client, flow_run(state)).values()}[
-        "left"
-    ] == ["cpu"]
+    assert {task.name: list(task.tags) for task in tasks(client, state).values()}["left"] == ["cpu"]
 
 
 def test_the_time_of_a_stage_is_without_its_wait_for_a_slot(
@@ -195,9 +208,7 @@ def test_the_time_of_a_stage_is_without_its_wait_for_a_slot(
     alignment(stages=["first"], return_state=True)
     project.set(left={"then": "sleep 8"}, right={"then": "sleep 8"})
     state = alignment(stages=["left", "right"], jobs=1, return_state=True)
-    first, second = sorted(tasks(client, flow_run(state)).values(), key=lambda run: run.start_time)[
-        -2:
-    ]
+    first, second = sorted(tasks(client, state).values(), key=lambda run: run.start_time)[-2:]
     assert {first.name, second.name} == {"left", "right"}
     assert (second.start_time - first.start_time).total_seconds() >= 8, (
         "it began when it had waited"
@@ -207,17 +218,14 @@ def test_the_time_of_a_stage_is_without_its_wait_for_a_slot(
         worked = (run.end_time - run.start_time).total_seconds()
         assert told is not None and 8 <= float(told[1]) <= worked + 0.1
         assert worked == pytest.approx(run.total_run_time.total_seconds(), abs=0.1)
-    passed = {}
-    for run in (first, second):
-        states = sorted(client.read_task_run_states(run.id), key=lambda one: one.timestamp)
-        passed[run.name] = [one.name for one in states]
-    assert (
-        passed[first.name][-2:] == ["Running", "Completed"]
-        and "AwaitingSlot" not in passed[first.name]
-    )
-    assert passed[second.name][-4:] == ["Running", "AwaitingSlot", "Running", "Completed"]
-    waiting = [one.type.value for one in states if one.name == "AwaitingSlot"]
-    assert waiting == ["PENDING"], "of the second, the last looked at"
+    until(lambda: passed(client, first)[-2:] == ["Running", "Completed"])
+    assert "AwaitingSlot" not in passed(client, first)
+    through = ["Running", "AwaitingSlot", "Running", "Completed"]
+    until(lambda: passed(client, second)[-4:] == through)
+    (waiting,) = [
+        one for one in client.read_task_run_states(second.id) if one.name == "AwaitingSlot"
+    ]
+    assert waiting.type.value == "PENDING"
     until(lambda: "waiting for a slot: other stages work" in logged(client, flow_run(state)))
 
 
@@ -344,9 +352,9 @@ def test_a_served_run_is_started_and_cancelled_from_the_pages(
     project: Project, server: str, client: SyncPrefectClient
 ) -> None:
     project.set(first={"then": "wait"})
-    told = {**environment(), "PREFECT_API_URL": server, "PREFECT_RUNNER_POLL_FREQUENCY": "1"}
+    around = {**environment(), "PREFECT_API_URL": server, "PREFECT_RUNNER_POLL_FREQUENCY": "1"}
     serve = subprocess.Popen(
-        [sys.executable, "-m", "pipeline", "serve"], cwd=project.root, env=told
+        [sys.executable, "-m", "pipeline", "serve"], cwd=project.root, env=around
     )
     try:
         until(
