@@ -29,7 +29,7 @@ from dualign.core.records import (
     as_row,
 )
 from dualign.params.base import SHARES
-from dualign.report.formatting import number, percent
+from dualign.report.formatting import number, percent, stated
 
 Row = dict[str, Any]
 
@@ -205,7 +205,7 @@ def required_in_words(required: RequirementRow) -> Promise:
         "p_unsafe": "share of unsafe answers",
         "unended": "share of answers that do not end",
         "length": "mean length in tokens",
-        "cvar": f"mean cost of the worst {percent(1 - (required.level or 0.0))} of answers",
+        "cvar": f"mean cost of the {_worst(required.level)} of answers",
         "truth": "true cost",
         "harm": "share of answers that people call unsafe",
     }.get(quantity, quantity)
@@ -269,6 +269,11 @@ def _multiplier(required: RequirementRow, solved: SolvedDual) -> float | None:
     return next((price.lam for price in solved.prices if price.name == required.name), None)
 
 
+def _worst(level: float | None) -> str:
+    """The answers that a CVaR is about."""
+    return f"worst {stated(1 - (level or 0.0), share=True)}"
+
+
 def _what(price: PriceRow) -> str:
     """The quantity that a limit is on, and the prompts that it holds for."""
     quantity = {
@@ -276,6 +281,6 @@ def _what(price: PriceRow) -> str:
         "p_unsafe": "P(unsafe)",
         "unended": "answers cut",
         "length": "tokens",
-        "cvar": f"mean cost of the worst {percent(1 - (price.level or 0.0))}",
+        "cvar": f"mean cost of the {_worst(price.level)}",
     }.get(price.quantity, price.quantity)
     return quantity if not price.prompts else f"{quantity}, prompts with {price.prompts}"

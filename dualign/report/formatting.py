@@ -61,10 +61,26 @@ def number(value: float | None) -> str:
     return text.replace("-", MINUS)
 
 
-def precise(value: float | None) -> str:
-    """A number whose third digit matters: 0.123, or its first digit at least: 0.00006."""
+def stated(value: float | None, share: bool = False) -> str:
+    """What params state, a limit or a level, in all its digits: rounded it would be another.
+
+    >>> stated(-0.125), stated(0.0), stated(0.975, share=True), stated(1 - 0.9, share=True)
+    ('\N{MINUS SIGN}0.125', '0', '97.5%', '10%')
+    """
     if value is None:
         return NONE
+    text = f"{100 * value:.10g}%" if share else f"{value + 0.0:,.10g}"
+    return text.replace("-", MINUS)
+
+
+def precise(value: float | None, share: bool = False) -> str:
+    """A number whose third digit matters: 0.123, or its first digit at least: 0.00006; of a share
+    in per cent: 12.3%.
+    """
+    if value is None:
+        return NONE
+    if share:
+        return percent(value) if 0 < abs(value) < 0.0995 else f"{100 * value:.1f}%"
     digits = 3 if abs(value) >= 0.0005 or value == 0 else -math.floor(math.log10(abs(value)))
     return f"{value:.{digits}f}".replace("-", MINUS)
 

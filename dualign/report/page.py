@@ -126,7 +126,10 @@ def _environment() -> Environment:
         lstrip_blocks=True,
         finalize=formatting.visible,
     )
-    named = ("number", "precise", "percent", "signed", "plural", "compact", "duration", "memory")
+    named = (
+        "number", "precise", "stated", "percent", "signed",
+        "plural", "compact", "duration", "memory",
+    )  # fmt: skip
     environment.globals |= {name: getattr(formatting, name) for name in named}
     environment.globals["is_tilt"] = is_tilt
     environment.globals["decoding"] = decoding_in_words

@@ -249,7 +249,7 @@ def check(estimate: float, bound: float, prompts: int = 400) -> CheckRow:
         (required("unended", "whole", 0.1), "share of answers that do not end", True),
         (
             required("cvar", "tail", 1.0, level=0.95),
-            "mean cost of the worst 5.0% of answers",
+            "mean cost of the worst 5% of answers",
             False,
         ),
         (required("truth", "true c", 0.0), "true cost", False),

@@ -5,7 +5,16 @@ from __future__ import annotations
 import pytest
 from markupsafe import Markup
 
-from dualign.report.formatting import compact, duration, memory, number, percent, precise, visible
+from dualign.report.formatting import (
+    compact,
+    duration,
+    memory,
+    number,
+    percent,
+    precise,
+    stated,
+    visible,
+)
 
 
 @pytest.mark.parametrize(
@@ -45,6 +54,20 @@ def test_numbers_are_rounded_to_what_a_reader_can_use(shown: str, expected: str)
 )
 def test_bounds_show_three_digits(value: float | None, expected: str) -> None:
     assert precise(value) == expected
+
+
+@pytest.mark.parametrize(
+    ("shown", "expected"),
+    [
+        (stated(None), "–"), (stated(-0.15), "−0.15"), (stated(0.125), "0.125"),
+        (stated(-0.0), "0"), (stated(1234.5), "1,234.5"), (stated(0.975, share=True), "97.5%"),
+        (stated(1 - 0.05, share=True), "95%"), (stated(0.0005, share=True), "0.05%"),
+        (precise(0.1248, share=True), "12.5%"), (precise(0.0213, share=True), "2.1%"),
+        (precise(0.0001, share=True), "<0.1%"), (precise(0.0, share=True), "0.0%"),
+    ],
+)  # fmt: skip
+def test_what_params_state_is_never_rounded(shown: str, expected: str) -> None:
+    assert shown == expected
 
 
 @pytest.mark.parametrize(

@@ -220,13 +220,13 @@ def test_the_certified_policy_is_the_one_to_use(certified: Callable[..., Run]) -
     card = page.within("id", "certificate")
     assert "Use certified" in verdict and "(aligned/dualign at 1.5) is certified" in verdict
     assert (
-        "with 95% confidence its expected cost is at most −0.15 (bound −0.30). It was tested"
+        "with 95% confidence its expected cost is at most −0.15 (bound −0.300). It was tested"
         in verdict
     )
     drawn = "answers of at most 48 tokens, 98% of which ended by themselves."
     assert "tested on 400 prompts" in verdict and f"had seen, by {drawn}" in verdict
     assert (
-        "aligned/dualign at 1.5 : its expected cost is at most −0.15 (bound −0.30)." in card
+        "aligned/dualign at 1.5 : its expected cost is at most −0.15 (bound −0.300)." in card
         and f"It is about {drawn}" in card
     )
     assert card.count("passed") == 2 and "failed 1,234" in card
@@ -253,7 +253,7 @@ def test_a_reference_that_is_certified_as_it_is_is_the_one_to_keep(run: Run) -> 
     verdict = render(root, alone).within("id", "verdict")
     assert "Keep the reference policy, sft" in verdict
     assert (
-        "sft is certified: with 95% confidence its expected cost is at most −0.15 (bound −0.30)"
+        "sft is certified: with 95% confidence its expected cost is at most −0.15 (bound −0.300)"
         in verdict
     )
     assert "was not evaluated" not in verdict and "no policy with more reward" not in verdict
@@ -364,12 +364,37 @@ def test_the_best_of_several_certificates_is_called_so(certified: Callable[..., 
 def test_a_bound_for_many_prompts_promises_about_its_level(certified: Callable[..., Run]) -> None:
     root, params = certified([-0.6, -0.3, -0.1])
     path = root / "reports/metrics/certify/dualign.json"
-    said = "Such tests certify a policy that breaks the limit at most {}5.0% of the time."
+    said = "Such tests certify a policy that breaks the limit at most {}5% of the time."
     assert said.format("about ") in render(root, params).within("id", "certificate")
     found = read_json(path)
     found["requirements"][0] |= {"method": "star_bets", "bounds": [-9.0, 9.0]}
     write_json(path, found)
     assert said.format("") in render(root, params).within("id", "certificate")
+
+
+def test_limits_and_levels_stand_in_all_their_digits(certified: Callable[..., Run]) -> None:
+    """At delta 0.025 a certificate has 97.5% confidence, not 98%; a limit of 12.5% is not 12%."""
+    root, params = certified([-0.6, -0.3])
+    path = root / "reports/metrics/certify/dualign.json"
+    found = read_json(path) | {"delta": 0.025}
+    share = {"quantity": "p_unsafe", "limit": 0.125, "name": "rare", "method": "clustered_t"}
+    found["requirements"] = [{**found["requirements"][0], "limit": -0.125}, share]
+    for test in found["tests"]:
+        test["checks"][0] |= {"estimate": -0.13, "bound": -0.1252}
+        test["checks"].append({**test["checks"][0], "estimate": 0.121, "bound": 0.1246})
+    write_json(path, found)
+    page = render(root, params.model_copy(update={"limit": -0.125, "confidence": 0.975}))
+    promise = (
+        "its expected cost is at most −0.125 (bound −0.125) and its share of unsafe answers is at"
+        " most 12.5% (bound 12.5%)"
+    )
+    assert f"with 97.5% confidence {promise}" in page.within("id", "verdict")
+    card = page.within("id", "certificate")
+    assert promise in card and "breaks a limit at most about 2.5% of the time" in card
+    assert "−0.130 −0.125 −0.125 12.1% 12.5% 12.5%" in card
+    assert "Each bound holds by itself with 97.5% confidence" in card
+    assert "limit on expected cost −0.125" in page.text and "intervals at 97.5%" in page.text
+    assert "Bars are 97.5% intervals" in page.within("id", "frontier")
 
 
 def test_bands_of_the_frontier_say_their_own_level_and_where_they_fail(run: Run) -> None:
@@ -541,7 +566,7 @@ def test_a_certified_policy_that_breaks_a_additional_constraint_afterwards_is_to
     verdict = render(root, params).within("id", "verdict")
     assert (
         "Use certified" in verdict
-        and "it breaks the additional constraint short: 30.000, where 29.970 is allowed" in verdict
+        and "it breaks the additional constraint short: 30.000, where 29.97 is allowed" in verdict
     )
 
 
@@ -597,7 +622,7 @@ def test_p_unsafe_as_the_only_limit(certified: Callable[..., Run]) -> None:
     page = render(root, params.model_copy(update={"limit": 100.0}))
     card = page.within("id", "certificate")
     assert (
-        "its expected cost is at most 100 (bound −0.30) and its share of unsafe answers is at most"
+        "its expected cost is at most 100 (bound −0.300) and its share of unsafe answers is at most"
         " 10% (bound 9.0%)." in card
     )
     # 0.02 away at 400 prompts: twice as many take 29 % off that, 5.9 points of a thousand, at price

@@ -25,7 +25,7 @@ from dualign.params.stages import STAGES
 from dualign.report.charts import svg
 from dualign.report.comparison import REFERENCE, compare, read_answers
 from dualign.report.diagnosis import AdditionalLimit, Predicted, additional_constraints, predicted
-from dualign.report.formatting import percent
+from dualign.report.formatting import stated
 from dualign.report.judged import read_verdicts
 from dualign.report.multipliers import solved_dual
 from dualign.report.named import named
@@ -176,7 +176,7 @@ class FinishedRun:
             "dual": self.dual,
             "additional": self.additional,
             "limit_shown": self.limit_shown is not None,
-            "level": percent(self.params.confidence),
+            "level": stated(self.params.confidence, share=True),
         }
 
 

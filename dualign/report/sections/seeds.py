@@ -16,7 +16,7 @@ from dualign.evaluation.stats import clustered_mean, clustered_share
 from dualign.report.charts import svg
 from dualign.report.charts.strip import dots
 from dualign.report.comparison import REFERENCE, known_ends
-from dualign.report.formatting import number
+from dualign.report.formatting import stated
 from dualign.report.sections.base import FinishedRun, Row, Section
 
 #: How many stages of other params a notice names.
@@ -61,7 +61,7 @@ def _others(run: FinishedRun) -> tuple[dict[str, Comparison], list[str]]:
 def _differs(other: Comparison, run: FinishedRun) -> str:
     """In what beside its seed another run differs; empty where in nothing that can be seen."""
     if other.limit != run.comparison.limit:
-        return f"has limit {number(other.limit)}"
+        return f"has limit {stated(other.limit)}"
     for name, policy in other.policies.items():
         if policy.folder != run.params.policies.get(name):
             return f"has {policy.folder} for policy {name}"
