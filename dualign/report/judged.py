@@ -5,6 +5,7 @@ as nothing, and is counted."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -188,12 +189,16 @@ def _differences(rows: pd.DataFrame, key: str, confidence: float) -> pd.DataFram
     reference: set[str] = asked.get(REFERENCE, set())
     met = [name for name in asked.index if name != REFERENCE and asked[name] & reference]
     pairs = [(name, REFERENCE) for name in met]
-    most = (0.5 if key == "win" else 1.0) if key in _SHARES else None
-    found = differences(rows, key, pairs, confidence=confidence, most=most)
+    found = differences(rows, key, pairs, confidence=confidence, most=_most(key))
     if _is_one_flag(rows, key):
         flags = rows.pivot(index="prompt_id", columns="policy", values=key)
         found = found.assign(p_value=[_uneven(flags, name) for name in met])
     return found
+
+
+def _most(key: str) -> float | None:
+    """The largest difference that a score can have; a preference is beside its being level."""
+    return (0.5 if key == "win" else 1.0) if key in _SHARES else None
 
 
 def _is_one_flag(rows: pd.DataFrame, key: str) -> bool:
@@ -225,7 +230,7 @@ def found_differences(table: pd.DataFrame, confidence: float) -> list[Row]:
         score = next(key for key in ("win", "cost", *_KEYS) if (part["score"] == key).any())
         part = part[part["score"] == score]
         least = least_found(part, confidence, len(table))
-        if least is not None and not (score in _SHARES and least >= 1):  # no such difference
+        if least is not None and least < (_most(score) or math.inf):  # else no such difference
             named = {"judge": judge, "label": label, "score": score}
             rows.append({**named, "prompts": int(part["prompts"].median()), "difference": least})
     return rows

@@ -12,7 +12,7 @@ from dualign.core.artifacts import write_parquet
 from dualign.core.errors import DataError
 from dualign.core.schema import SUITE, VERDICTS, read_table
 from dualign.evaluation.paired import differences, holm, mcnemar
-from dualign.evaluation.power import prompts_needed
+from dualign.evaluation.power import difference_found, prompts_needed
 from dualign.evaluation.stats import mean_of
 from dualign.params.report import ReportParams
 from dualign.report.judged import (
@@ -182,6 +182,16 @@ def test_no_difference_of_shares_beyond_a_whole_is_told(judged: Run) -> None:
     table = gaps(rows, 0.95)
     assert (table["error"] > 0.1).all(), "they differ"
     assert found_differences(pd.concat([table] * 40), 0.95) == []
+
+
+def test_no_preference_beyond_always_is_told(judged: Run) -> None:
+    """Always preferred is 50 points above level: 60 points are no difference of a preference."""
+    rows = asked(judged)
+    rows = rows[(rows["judge"] == "gpt") & (rows["policy"] == "dualign") & rows["win"].notna()]
+    few = rows.groupby("label").head(8).assign(label="safe").head(8)
+    table = gaps(few.assign(win=[1.0, 0.0, 1.0, 0.0, 1.0, 1.0, 0.0, 1.0]), 0.95)
+    assert difference_found(8, float(table["error"].iloc[0] * np.sqrt(8))) > 0.5
+    assert found_differences(table, 0.95) == []
 
 
 def test_lengths_are_those_of_the_answers(judged: Run) -> None:
