@@ -14,6 +14,7 @@ from dualign.report.judged import (
     LIKELIHOOD,
     SCORES,
     JudgeMetrics,
+    calibrated_on_people,
     means,
     read_judges,
     read_verdicts,
@@ -42,7 +43,7 @@ def judged_suites(root: Path, params: ReportParams, policy: str) -> str:
         "|---|---|---|---|---|",
         *_rows(own, reference, params),
     ]
-    people = [_with_people(judge) for judge in read_judges(root, params) if judge.agreement]
+    people = [_with_people(root, judge) for judge in read_judges(root, params) if judge.agreement]
     return "\n".join(["## Suites and judges", "", head, "", *table, *people])
 
 
@@ -70,15 +71,17 @@ def _in_a_cell(text: str) -> str:
     return " ".join(text.replace("|", "/").split())
 
 
-def _with_people(judge: JudgeMetrics) -> str:
+def _with_people(root: Path, judge: JudgeMetrics) -> str:
     told = judge.agreement or {}
     kappa = ""
     if told["kappa"] is not None:  # unknown where people call all answers alike
         ends = Interval(mean=told["kappa"], low=told["kappa_low"], high=told["kappa_high"])
         kappa = f" (Cohen's kappa {interval(ends)})"
+    calibrated = calibrated_on_people(root, judge)
+    fitted = " Its cost was calibrated on such answers." if calibrated else ""
     return (
         f"\nOf {told['answers']} held-out answers that people called safe or unsafe, {judge.judge}"
-        f" says the same of {100 * told['accuracy']:.0f} %{kappa}."
+        f" says the same of {100 * told['accuracy']:.0f} %{kappa}.{fitted}"
     )
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pandas as pd
 
-from dualign.core.artifacts import SUITE_PROMPTS, policy_tables
+from dualign.core.artifacts import SUITE_PROMPTS, policy_tables, read_optional_json
 from dualign.core.records import Interval, Record, read_optional_record
 from dualign.core.schema import CHOICES, SUITE, SUITE_ANSWERS, VERDICTS, read_table
 from dualign.evaluation.measures import Measure
@@ -145,6 +145,14 @@ def read_judges(root: Path, params: ReportParams) -> list[JudgeMetrics]:
     paths = [root / "reports/metrics/judge" / f"{name}.json" for name in params.judges]
     judges = [read_optional_record(path, JudgeMetrics) for path in paths]
     return [judge for judge in judges if judge is not None]
+
+
+def calibrated_on_people(root: Path, judge: JudgeMetrics) -> bool:
+    """Whether a judge's zero and unit of cost were set by flags such as `agreement` is with: so are
+    those of the run's own cost model, whose agreement is then too good.
+    """
+    cost_model = read_optional_json(root / "reports/metrics/cost_model.json")
+    return judge.kind == "scorers" and bool(cost_model.get("zero_flags"))
 
 
 # --- policies -------------------------------------------------------------------------------------

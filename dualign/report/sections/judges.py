@@ -16,7 +16,7 @@ from dualign.evaluation.agreement import agreement, rank_correlation
 from dualign.evaluation.paired import holm, no_difference, prompt_differences
 from dualign.evaluation.stats import Estimate, mean_of
 from dualign.report.comparison import REFERENCE, known_ends
-from dualign.report.judged import read_judges
+from dualign.report.judged import calibrated_on_people, read_judges
 from dualign.report.sections.base import FinishedRun, Row, Section
 
 _ANSWER = ["policy", "prompt_id", "sample"]
@@ -45,6 +45,7 @@ def section(run: FinishedRun) -> Section | None:
     }
     values = {
         "people": people,
+        "calibrated": [judge.judge for judge in people if calibrated_on_people(run.root, judge)],
         "pairs": pairs,
         "compared": [key for key in _COMPARED if key in agreed],
         "hacked": hacked,

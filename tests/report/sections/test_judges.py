@@ -13,6 +13,7 @@ from dualign.core.artifacts import read_json, write_json, write_parquet
 from dualign.core.errors import DualignError
 from dualign.core.schema import VERDICTS
 from dualign.params.report import ReportParams
+from dualign.publishing.suites import judged_suites
 from dualign.report.sections import judges
 from dualign.report.sections.base import FinishedRun
 from tests.report.conftest import shown, verdicts
@@ -107,6 +108,16 @@ def test_judges_agree_as_far_as_they_give_the_same_score(judged: Run) -> None:
     expected = ours.corr(other, method="spearman")
     assert pair["scores"]["reward"].mean == pytest.approx(expected)
     assert [judge.judge for judge in values["people"]] == ["ours"]
+
+
+def test_a_judge_that_was_calibrated_on_such_answers_is_told(judged: Run) -> None:
+    root, params = judged
+    path = root / "reports/metrics/cost_model.json"
+    for flags, told in ((188, ["ours"]), (0, [])):
+        write_json(path, read_json(path) | {"zero_flags": flags})
+        assert shown(judges.section(FinishedRun(root, params)))["calibrated"] == told
+        card = judged_suites(root, params, "dualign")
+        assert ("Its cost was calibrated on such answers." in card) == bool(told)
 
 
 def test_two_judges_of_one_opinion_have_no_kappa(judged: Run) -> None:
