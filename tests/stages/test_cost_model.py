@@ -282,6 +282,7 @@ def test_the_stage_saves_the_calibration_that_its_metrics_describe(
     )
     again, expected, bins = calibrate(raw, kind, params.seed, seen)
     assert metrics["zero_flags"] == expected["zero_flags"] == 400 + 2 * len(train)
+    assert metrics["loss"] > 0 and "accuracy" not in metrics, "every accuracy is of held-out pairs"
     assert again(raw["score"].to_numpy()) == pytest.approx(
         scorer.calibration(raw["score"].to_numpy()), abs=1e-4
     )

@@ -38,6 +38,7 @@ _WORDS = {
     "ece_after": "ECE after calibration",
     "heldout": "held out",
     "heldout_loss": "held-out loss",
+    "loss": "training loss, last steps",
     "mean_gap": "mean gap of a pair",
     "offset": "shift of the zero",
     "p_unsafe": "P(unsafe)",
