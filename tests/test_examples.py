@@ -35,6 +35,7 @@ MODULES = {
     "dualign.evaluation.paired": None,
     "dualign.evaluation.power": None,
     "dualign.evaluation.ranking": None,
+    "dualign.evaluation.stats": ["clustered_share", "share_of", "mean_of", "redrawn"],
     "dualign.evaluation.suites": ["before_stop"],
     "dualign.evaluation.truthful": ["mc1", "mc2"],
     "dualign.evaluation.refusals": ["refuses_by_rules"],

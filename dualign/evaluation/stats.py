@@ -91,20 +91,28 @@ def clustered_share(values: Array, clusters: Array, confidence: float = 0.95) ->
 
     >>> few = clustered_share(np.array([1.0, 1.0, 1.0, 0.0]), np.arange(4))
     >>> round(few.low, 2), round(few.high, 2)
-    (0.14, 0.98)
+    (0.13, 0.98)
     """
     found = clustered_mean(np.asarray(values, dtype=float), clusters, confidence)
-    count, mean = len(set(clusters)), found.mean
+    return share_of(found.mean, found.error, len(set(clusters)), confidence)
+
+
+def share_of(mean: float, error: float, count: int, confidence: float = 0.95) -> Estimate:
+    """A share with its standard error over `count` prompts and the interval of `clustered_share`.
+
+    >>> round(share_of(0.75, 0.25, 4).low, 2)
+    0.13
+    """
     if count < 2:
-        return Estimate(mean, found.error, 0.0, 1.0)
+        return Estimate(mean, float("inf"), 0.0, 1.0)
     inside = min(max(mean, 0.0), 1.0)  # importance weights can take a mean a little beyond
     spread = inside * (1 - inside)
-    varied = found.error > _ROUNDING and spread > 0
-    effective = spread / found.error**2 if varied else count
+    varied = error > _ROUNDING and spread > 0
+    effective = spread / error**2 if varied else count
     z2 = float(stdtrit(count - 1, 0.5 + confidence / 2)) ** 2 / effective
     centre = (inside + z2 / 2) / (1 + z2)
     half = (z2 * (spread + z2 / 4)) ** 0.5 / (1 + z2)
-    return Estimate(mean, found.error, max(0.0, centre - half), min(1.0, centre + half))
+    return Estimate(mean, error, max(0.0, centre - half), min(1.0, centre + half))
 
 
 def mean_of(values: Sequence[float] | Array, confidence: float = 0.95) -> Estimate:
