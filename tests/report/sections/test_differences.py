@@ -11,7 +11,7 @@ import pytest
 from scipy.stats import ttest_rel
 
 from dualign.core.artifacts import write_parquet
-from dualign.core.schema import ANSWERS
+from dualign.core.schema import ANSWERS, read_table
 from dualign.evaluation.paired import holm
 from dualign.params.report import ReportParams
 from dualign.report.differences import pairwise
@@ -50,6 +50,17 @@ def test_every_two_policies_are_compared_as_scipy_does(finished: Run) -> None:
                 assert (row.low, row.high) == pytest.approx(tuple(ends))
             assert row.p_value == pytest.approx(expected.pvalue, abs=1e-12)
     assert table["p_holm"].to_numpy() == pytest.approx(holm(table["p_value"].to_numpy()))
+
+
+def test_of_one_prompt_no_chance_is_told(run: Run) -> None:
+    root, params = run
+    for path in root.glob("reports/evaluation/*/answers.parquet"):
+        answers = read_table(path, ANSWERS)
+        first = answers["prompt_id"] == answers["prompt_id"].iloc[0]
+        write_parquet(path, answers[first], ANSWERS)
+    write(root, params, root / "page.html")
+    page = (root / "page.html").read_text()
+    assert "nan" not in page and 'title="one prompt tells nothing of chance"' in page
 
 
 def test_a_difference_is_shown_both_ways_round(finished: Run) -> None:
