@@ -24,7 +24,10 @@ def section(run: FinishedRun) -> Section | None:
     if not suites:
         return None
     scores = known_scores(run.verdicts)
-    return Section("suites", "Suites", {"suites": suites, "scores": scores})
+    judged = set(run.verdicts["judge"])
+    kinds = {name: spec.kind for name, spec in run.params.judges.items() if name in judged}
+    trained = [name for name, kind in kinds.items() if kind == "scorers"]
+    return Section("suites", "Suites", {"suites": suites, "scores": scores, "trained": trained})
 
 
 def _table(run: FinishedRun, name: str, verdicts: pd.DataFrame) -> Row:

@@ -7,6 +7,7 @@ from pathlib import Path
 from dualign.core.artifacts import write_parquet
 from dualign.core.schema import CHOICES, read_table
 from dualign.params.report import ReportParams
+from dualign.report.page import write
 from dualign.report.sections import suites
 from dualign.report.sections.base import FinishedRun
 from tests.report.conftest import shown, verdicts
@@ -32,6 +33,17 @@ def test_a_suite_has_a_column_for_every_score_judge_and_label(judged: Run) -> No
     assert [row["name"] for row in found[0]["rows"]] == [
         "dualign", "sft", "safety_only", "reward_dpo"
     ]  # fmt: skip
+
+
+def test_the_judge_that_policies_were_trained_on_is_named(judged: Run) -> None:
+    root, params = judged
+    assert shown(suites.section(FinishedRun(root, params)))["trained"] == ["ours"]
+    others = {name: spec for name, spec in params.judges.items() if name != "ours"}
+    independent = params.model_copy(update={"judges": others})
+    assert shown(suites.section(FinishedRun(root, independent)))["trained"] == []
+    write(root, params, root / "page.html")
+    page = (root / "page.html").read_text()
+    assert "<b>ours</b> scores by what the policies were trained on" in page
 
 
 def test_what_chance_hardly_makes_is_called_better_or_worse(judged: Run) -> None:
