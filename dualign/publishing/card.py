@@ -215,14 +215,16 @@ def _results(policy: Published) -> list[EvalResult]:
 
 
 def _method(policy: Published) -> str:
-    """What it was trained for, where that is a tilt by reward and cost."""
+    """What it was trained for, where that is a tilt by reward and cost; or what a merge stands for."""
     if policy.row is None or policy.row.lam is None or not policy.row.tilts:
         return ""
     others = ", and the prices of its other limits" if policy.row.additional else ""
+    weight = policy.row.merge_weight
+    merge = "" if weight is None else f"A merge of weight {weight:.4g}, to first order that for: "
     return (
-        f"## Objective\n\nReward, less {policy.row.lam:.4g} times the cost (the nominal multiplier"
-        f" lambda), {policy.compared.beta:g} times the KL divergence to the reference policy"
-        f" (beta){others}."
+        f"## Objective\n\n{merge}Reward, less {policy.row.lam:.4g} times the cost (the nominal"
+        f" multiplier lambda), {policy.compared.beta:g} times the KL divergence to the reference"
+        f" policy (beta){others}."
     )
 
 

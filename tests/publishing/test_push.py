@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -202,6 +203,20 @@ def test_a_reference_certified_as_it_is_was_measured_once_and_either_folder_says
     trained = policy_card(published(run, "sft"), "o/it").text
     assert "This policy was certified, as models/certified/dualign," in trained
     assert "None: " in policy_card(published(run, "reward_dpo/one"), "o/it").text
+
+
+def test_a_merge_is_not_said_to_be_trained_for_what_it_stands_for(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    params = certify(tmp_path, [-0.6, -0.3])
+    folders = {"certified": "certified/dualign", "dualign": "aligned/dualign"}
+    rows = compare(tmp_path, folders, params.certificates, 0.95).policies
+    merged = "A merge of weight 1.5, to first order that for: "
+    for name, said in (("certified", merged), ("dualign", "")):
+        (tmp_path / "models" / folders[name]).mkdir(parents=True)
+        (tmp_path / "models" / folders[name] / "README.md").write_text(f"{HEAD}\n# it\n")
+        about = replace(policy(tmp_path, folders[name]), row=rows[name])
+        nominal = f"less {rows[name].lam:.4g} times the cost (the nominal multiplier"
+        assert f"## Objective\n\n{said}Reward, {nominal}" in policy_card(about, "o/it").text
 
 
 def write_comparison(root: Path) -> None:
