@@ -259,14 +259,14 @@ def test_seeds_run_side_by_side_and_stand_in_the_report_of_this_run(
     git(root, "commit", "-qm", "a report")
     git(root, "push", "-q")
 
-    assert main(["seeds", "8", "9", "--cluster"]) == 0
-    table = capsys.readouterr().out.splitlines()[-3:]
-    assert [line.split()[-1] for line in table] == ["3.7", "3.8", "3.9"]
-    assert gathered(root) == {"8": 3.8, "9": 3.9}
+    assert main(["seeds", "8", "--cluster"]) == 0
+    table = capsys.readouterr().out.splitlines()[-2:]
+    assert [line.split()[-1] for line in table] == ["3.7", "3.8"]
+    assert gathered(root) == {"8": 3.8}
     reports = [made for made in handed_out(client) if made.name == "report"]
-    assert len({parent_of(client, made) for made in reports}) == 3, "a flow run for each seed"
+    assert len({parent_of(client, made) for made in reports}) == 2, "a flow run for each seed"
     nodes.dvc("pull", "-q", "report")
-    assert (root / "reports/index.html").read_text() == "8 9", "a worker had their comparisons"
+    assert (root / "reports/index.html").read_text() == "8", "a worker had its comparison"
 
 
 def test_results_of_others_that_are_too_many_are_not_sent(
@@ -275,7 +275,7 @@ def test_results_of_others_that_are_too_many_are_not_sent(
     root = nodes.coordinator.root
     dag = load_dag(root)
     place = cluster.Cluster(root, dag, "", {}, client)
-    others = {"reports/seeds/8.json", "reports/seeds/9.json"}
+    others = {"reports/seeds/8.json"}
     assert others <= set(unpacked(place._carried(dag["report"])))
     assert not others & set(unpacked(place._carried(dag["first"])))
     labels = len(packed(inputs.answers(root)))
