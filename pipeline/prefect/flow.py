@@ -342,14 +342,13 @@ def _execute(run: Run) -> None:
 def _cancel_button(ended: queue.SimpleQueue[str | None]) -> Iterator[None]:
     """Put None into the queue when somebody cancels this run on Prefect's pages.
 
-    Runs of a deployment have a process that watches over them; runs from the command line have
-    nobody else."""
+    `serve` watches over its runs too, until it is told to end or is killed; runs from the command
+    line have nobody else."""
     over = threading.Event()
-    if runtime.deployment.id is None:
-        context = contextvars.copy_context()
-        threading.Thread(
-            target=context.run, args=(_watch, runtime.flow_run.id, ended, over), daemon=True
-        ).start()
+    context = contextvars.copy_context()
+    threading.Thread(
+        target=context.run, args=(_watch, runtime.flow_run.id, ended, over), daemon=True
+    ).start()
     try:
         yield
     finally:

@@ -348,8 +348,9 @@ def test_a_cancelled_run_leaves_nothing_and_the_next_goes_on(
     assert again.returncode == 0 and "resuming from the checkpoint" in again.stderr
 
 
+@pytest.mark.parametrize("killed", [False, True])
 def test_a_served_run_is_started_and_cancelled_from_the_pages(
-    project: Project, server: str, client: SyncPrefectClient
+    project: Project, server: str, client: SyncPrefectClient, killed: bool
 ) -> None:
     project.set(first={"then": "wait"})
     around = {**environment(), "PREFECT_API_URL": server, "PREFECT_RUNNER_POLL_FREQUENCY": "1"}
@@ -378,6 +379,8 @@ def test_a_served_run_is_started_and_cancelled_from_the_pages(
         told = ("progress", "9 s left, training step 1 of 2, loss 0.5000, 7 tokens/s")
         until(lambda: any("step 1 of 2" in line for line in logged(client, run.id)))
         until(lambda: told in described(client, run.id))
+        if killed:
+            serve.kill()
         client.set_flow_run_state(run.id, Cancelling(), force=True)
 
         def ended() -> str | None:
