@@ -281,9 +281,8 @@ def choose(root: Path, preset_name: str, settings: Mapping[str, Any]) -> dict[st
     Raises PipelineError, with params.yaml as it was, for a preset, key or value that does not do.
     """
     path = root / "params.yaml"
-    before = {
-        place: yaml_text.read(place) for place in (path, root / preset.LAST) if place.exists()
-    }
+    written = [path, root / preset.LAST] if preset_name or settings else []
+    before = {place: yaml_text.read(place) for place in written if place.exists()}
     try:
         if preset_name:
             preset.select(preset_name, root=root)
@@ -300,7 +299,8 @@ def choose(root: Path, preset_name: str, settings: Mapping[str, Any]) -> dict[st
         return load_dag(root)
     except (DvcException, PipelineError) as error:
         for place, text in before.items():
-            parameters.replace_file(place, text)
+            if yaml_text.read(place) != text:
+                parameters.replace_file(place, text)
         raise PipelineError(one_line(error)) from None
 
 

@@ -318,6 +318,20 @@ def test_a_refused_preset_makes_no_edit_of_earlier_values(
     assert not preset.is_edited(was_set, tmp_path)
 
 
+@pytest.mark.parametrize("settings", [{}, {"sed": 6}])
+def test_a_refused_run_leaves_a_file_that_it_did_not_change(
+    project: Project, settings: dict[str, Any]
+) -> None:
+    """It would take back what somebody saves meanwhile, and the ends of lines of other editors."""
+    params = project.root / "params.yaml"
+    params.write_bytes(params.read_bytes().replace(b"\n", b"\r\n"))
+    before = (params.stat().st_ino, params.read_bytes())
+    (project.root / "dvc.lock").write_text("<<<<<<< HEAD\n")
+    with pytest.raises(PipelineError, match=r"dvc\.lock|no key sed"):
+        choose(project.root, "", settings)
+    assert (params.stat().st_ino, params.read_bytes()) == before
+
+
 @pytest.mark.parametrize(
     ("how", "code"), [("interrupt", 130), ("terminate", -signal.SIGTERM), ("button", 130)]
 )
