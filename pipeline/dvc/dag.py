@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,8 +62,15 @@ def load_dag(root: str | Path = ".") -> dict[str, StageSpec]:
 
 
 def _graph(repo: Repo) -> nx.DiGraph:
-    try:
+    with readable_records():
         return repo.index.graph
+
+
+@contextlib.contextmanager
+def readable_records() -> Iterator[None]:
+    """Around what reads dvc.lock: raises PipelineError, with the remedy, where it is damaged."""
+    try:
+        yield
     except DvcException as error:
         if "dvc.lock'" not in str(error):
             raise

@@ -65,6 +65,11 @@ def statuses(
                 before = {
                     found[source].prospect for source in dag[name].upstream if source in found
                 }
+                if name not in loaded:
+                    raise PipelineError(
+                        f"dvc.yaml and params.yaml, edited meanwhile, have no stage {name} any"
+                        " more; run again"
+                    )
                 found[name] = look(loaded[name], repo, before <= {"up to date"})
     except DvcException as error:
         raise PipelineError(f"DVC cannot tell what is out of date: {meaning(str(error))}") from None

@@ -18,7 +18,7 @@ from dvc_data.hashfile.hash_info import HashInfo
 from dvc_data.hashfile.tree import Tree
 
 from pipeline.dvc.checkout import tracked_files
-from pipeline.dvc.dag import StageSpec
+from pipeline.dvc.dag import StageSpec, readable_records
 from pipeline.dvc.plan import StageStatus, status_of, statuses
 
 #: The record of a stage, as dvc.lock has it.
@@ -26,9 +26,12 @@ Record = dict[str, Any]
 
 
 def read(root: Path, stages: Iterable[str]) -> dict[str, Record]:
-    """What dvc.lock holds about the last runs of some stages; those that never ran are left out."""
+    """What dvc.lock holds about the last runs of some stages; those that never ran are left out.
+
+    Raises PipelineError where it is damaged, as `merge` does."""
     path = root / "dvc.lock"
     with (
+        readable_records(),
         Repo(str(root), _wait_for_lock=True) as repo,
         repo.lock,
     ):  # a stage that ends writes the file anew
@@ -39,6 +42,7 @@ def read(root: Path, stages: Iterable[str]) -> dict[str, Record]:
 def merge(root: Path, records: Mapping[str, Record]) -> None:
     """Put records into dvc.lock, in place of what it held about these stages."""
     with (
+        readable_records(),
         Repo(str(root), _wait_for_lock=True) as repo,
         repo.lock,
         modify_yaml(str(root / "dvc.lock"), fs=repo.fs) as content,

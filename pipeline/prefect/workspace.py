@@ -58,7 +58,7 @@ class Workspace:
     ) -> Outcome:
         """Run or restore one stage, with its progress as a bar and its result as a card.
 
-        Raises StageFailed or StageStopped.
+        Raises StageFailed, StageStopped, or PipelineError where dvc.lock cannot be read.
         """
         relay = _Relay(artifacts.key_of(spec.name, self._owner), log)
         recorded = records.read(self._root, [spec.name]).get(spec.name, {})
@@ -86,14 +86,14 @@ class Workspace:
         seconds: float,
     ) -> None:
         result = Result(outcome, f"{outcome} in {artifacts.duration(seconds)}")
-        after = artifacts.current_metrics(self._root, spec)
-        page = artifacts.card(self._root, spec, result, before, after)
-        show(
-            log,
-            lambda: create_markdown_artifact(
-                page, artifacts.key_of(spec.name, self._owner), spec.desc
-            ),
-        )
+        key = artifacts.key_of(spec.name, self._owner)
+
+        def create() -> object:
+            after = artifacts.current_metrics(self._root, spec)
+            page = artifacts.card(self._root, spec, result, before, after)
+            return create_markdown_artifact(page, key, spec.desc)
+
+        show(log, create)
 
     def stop(self) -> None:
         """Stop all stages and start none; returns when they have ended."""
@@ -134,7 +134,7 @@ class _Relay:
 
 
 def show(log: Log, create: Callable[[], object]) -> None:
-    """Make an artifact; where the server refuses, the run goes on without."""
+    """Make an artifact; where that cannot be, the run goes on without."""
     try:
         create()
     except Exception as error:

@@ -78,3 +78,13 @@ def test_stages_are_chosen_by_name_or_family(repo_root: Path) -> None:
         select(dag, ["dual_int"])
     with pytest.raises(PipelineError, match="zzz: no such stage; one of prepare, sft"):
         select(dag, ["zzz"])
+
+
+def test_a_stage_that_is_gone_since_the_run_began_is_told(project: Project) -> None:
+    dag = load_dag(project.root)
+    path = project.root / "dvc.yaml"
+    graph = json.loads(path.read_text())
+    del graph["stages"]["last"]
+    path.write_text(json.dumps(graph))
+    with pytest.raises(PipelineError, match=r"have no stage last any more; run again$"):
+        plan(project.root, dag, ["last"])

@@ -14,6 +14,7 @@ from dvc.repo import Repo
 from pipeline.dvc import records
 from pipeline.dvc.dag import load_dag
 from pipeline.dvc.plan import StageStatus, plan
+from pipeline.errors import PipelineError
 from pipeline.prefect import artifacts
 from tests.pipeline.project import Project, environment, git
 
@@ -153,3 +154,16 @@ def test_metrics_of_the_run_before_are_fetched_alone(project: Project) -> None:
         records.fetch_metrics(repo, "first")
     assert artifacts.recorded_metrics(cache, spec, entry)["accuracy.mean"] == 0
     assert len([file for file in cache.rglob("*") if file.is_file()]) == 1
+
+
+def test_damaged_records_are_told_and_left_as_they_are(project: Project) -> None:
+    lock = project.root / "dvc.lock"
+    lock.write_text("<<<<<<< HEAD\nschema: '2.0'\n=======\n")
+    before = lock.read_text()
+    for act in (
+        lambda: records.read(project.root, ["first"]),
+        lambda: records.merge(project.root, {"first": {"cmd": "true"}}),
+    ):
+        with pytest.raises(PipelineError, match=r"'dvc.lock', .*git checkout --ours dvc\.lock"):
+            act()
+    assert lock.read_text() == before
