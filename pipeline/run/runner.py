@@ -40,6 +40,9 @@ _LEVELS = {
     "E": logging.ERROR,
     "C": logging.CRITICAL,
 }
+#: Characters of a reason that are shown; the log has the whole line.
+LONGEST = 1000
+_CONTROL = re.compile(r"\x1b\[[0-9;?]*[@-~]")  # colours, and moves of the cursor
 _BAR = re.compile(r"\d+%\||\d+it \[\d\d:")
 _NOISE = re.compile(
     r"\s*$|To track the changes with git|To enable auto staging|\tgit add |\tdvc config core|Use"
@@ -180,13 +183,15 @@ def _end(guard: subprocess.Popen[bytes]) -> None:
 
 
 def read_lines(stream: IO[bytes]) -> Iterator[tuple[int, str]]:
-    """The whole lines of a stage's output with their levels, without progress bars and DVC's hints.
+    """The whole lines of a stage's output with their levels, without progress bars, colours and
+    DVC's hints.
 
     A line that is overwritten in place (`\\r`) counts as it stands at its end. Closes the stream.
     """
     with io.TextIOWrapper(stream, encoding="utf-8", errors="replace", newline="\n") as lines:
         for line in lines:
-            text = line.rstrip("\r\n").rsplit("\r", 1)[-1].rstrip()
+            shown = line.rstrip("\r\n").rsplit("\r", 1)[-1]
+            text = _CONTROL.sub("", shown).rstrip()
             if _NOISE.match(text) or _BAR.search(text):
                 continue
             stamped = _STAMP.fullmatch(text)
@@ -236,6 +241,6 @@ def failure(stage: str, lines: list[tuple[int, str]]) -> StageFailed:
         return StageFailed(stage, f"killed by {signal.Signals(number).name}{hint}", code)
     errors = [text for level, text in own if level >= logging.ERROR]
     said = errors or [text for _, text in own if not text.startswith(("> ", "Running stage '"))]
-    return StageFailed(
-        stage, f"{said[-1].strip() if said else 'its command failed'} (exit {code})", code
-    )
+    last = said[-1].strip() if said else "its command failed"
+    cut = last if len(last) <= LONGEST else f"{last[:LONGEST]}..."
+    return StageFailed(stage, f"{cut} (exit {code})", code)

@@ -18,7 +18,7 @@ from dvc.lock import make_lock
 from tqdm import tqdm
 
 from pipeline.errors import PipelineError, StageFailed, StageStopped
-from pipeline.run.runner import LocalRunner, exclusive, failure, read_lines
+from pipeline.run.runner import LONGEST, LocalRunner, exclusive, failure, read_lines
 from tests.pipeline.project import Project, environment, until
 
 Run = Callable[..., str]
@@ -145,8 +145,8 @@ def test_lines_are_whole_and_bars_are_left_out() -> None:
     assert "30%" in bars
     raw = (
         b"12:00:00 I one\n\n12:00:01 W two\r\n%s\rthree\n%s\n5it [00:01, 4.2it/s]\nERROR: failed to"
-        b" reproduce 'x': exited with 1\nERROR: no space\n\tgit add dvc.lock\nbad \xff byte"
-        % (bars.encode(), bars.encode())
+        b" reproduce 'x': exited with 1\nERROR: no space\n\tgit add dvc.lock\nbad \xff byte\n"
+        b"\x1b[1;31m12:00:02 E red\x1b[0m\n\x1b[A\n" % (bars.encode(), bars.encode())
     )
     stream = io.BytesIO(raw)
     assert list(read_lines(stream)) == [
@@ -156,6 +156,7 @@ def test_lines_are_whole_and_bars_are_left_out() -> None:
         (logging.DEBUG, "ERROR: failed to reproduce 'x': exited with 1"),
         (logging.ERROR, "ERROR: no space"),
         (logging.INFO, "bad \N{REPLACEMENT CHARACTER} byte"),
+        (logging.ERROR, "red"),
     ]
     assert stream.closed, "or Python would warn of a pipe that nobody closed"
 
@@ -193,6 +194,11 @@ def test_whoever_blocks_a_stage_is_named(project: Project, runner: LocalRunner) 
         pytest.raises(StageFailed, match="another dvc command"),
     ):
         runner.run("first", lambda *line: None, {})
+
+
+def test_a_reason_is_no_longer_than_a_page_shows() -> None:
+    lines = [(logging.INFO, "x" * 3_000_000), (logging.ERROR, "ERROR: exited with 1")]
+    assert failure("x", lines).reason == f"{'x' * LONGEST}... (exit 1)"
 
 
 def test_a_stage_that_says_nothing_has_a_reason_too() -> None:
