@@ -68,8 +68,10 @@ def assign(text: str, settings: Mapping[str, Any]) -> str:
 
     What a section takes from the block of that name at the top, say `cost_model.training.epochs`,
     is put into the section. A key that begins with `+` may be new in its mapping. Raises
-    PipelineError where a key is not there, or its place in the file cannot be edited alone.
+    PipelineError where a key is not there, or comes with and without `+`, or its place in the file
+    cannot be edited alone.
     """
+    check_once(list(settings))
     content = _mapping(text)
     for named, value in settings.items():
         key = named.removeprefix(ADDS)

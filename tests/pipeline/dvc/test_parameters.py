@@ -251,3 +251,8 @@ def test_a_setting_deeper_than_params_are_is_refused() -> None:
 def test_a_list_is_no_params() -> None:
     with pytest.raises(PipelineError, match="expected a mapping"):
         assign("- 1\n- 2\n", {"seed": 1})
+
+
+def test_a_key_set_with_and_without_its_plus_loses_no_value_silently() -> None:
+    with pytest.raises(PipelineError, match=r"^constraint\.limit: set twice; set it once$"):
+        assign(TEXT, {"constraint.limit": 1, "+constraint.limit": 2})
