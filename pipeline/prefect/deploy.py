@@ -9,11 +9,11 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from prefect.client.orchestration import get_client
-from ruamel.yaml import YAML
 
+from pipeline import yaml_text
+from pipeline.dotted import value_at
 from pipeline.dvc.checkout import prune_worktrees
 from pipeline.dvc.dag import StageSpec
 from pipeline.errors import PipelineError
@@ -53,8 +53,9 @@ def _check(root: Path, pools: list[str]) -> None:
     path = root / FILE
     if not path.is_file():
         raise PipelineError(f"{FILE}: not here; it describes the deployments (git checkout {FILE})")
-    content: dict[str, Any] = YAML(typ="safe", pure=True).load(path)
-    named = {deployment.get("name") for deployment in content.get("deployments") or []}
+    deployments = value_at(yaml_text.load(yaml_text.read(path, path.name), FILE), "deployments")
+    listed = deployments if isinstance(deployments, list) else []
+    named = {value_at(deployment, "name") for deployment in listed}
     missing = [pool for pool in pools if pool not in named]
     if missing:
         raise PipelineError(

@@ -65,3 +65,18 @@ def test_a_pool_without_a_deployment_is_named(project: Project, repo_root: Path)
         PipelineError, match=r"tpu: no stage of dvc\.yaml has this pool; one of cpu"
     ):
         become_worker(project.root, dag, "tpu", 1, once=False)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("deployments: [", r"^prefect\.yaml:\d: not valid YAML"),
+        *((text, "no deployment cpu") for text in ("", "[]", "deployments: 3", "deployments: [1]")),
+    ],
+)
+def test_a_broken_prefect_yaml_is_told_in_one_line(
+    project: Project, content: str, message: str
+) -> None:
+    (project.root / "prefect.yaml").write_text(content)
+    with pytest.raises(PipelineError, match=message):
+        deploy(project.root, load_dag(project.root), "process")
