@@ -15,6 +15,7 @@ import itertools
 import json
 import logging
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -61,7 +62,7 @@ def select(preset: str, data: str | None = None, force: bool = False, root: Path
         if not force:
             raise PipelineError(
                 "params.yaml holds your own edits; copy it into params/ under a name of its own, "
-                "or add --force to have it kept as params.yaml.saved"
+                f"or have it kept as params.yaml.saved: {PROG} {shlex.quote(preset)} --force"
             )
         logger.info("params.yaml held your own edits: kept as %s", _save(target).name)
     for path in (target, root / LAST):
