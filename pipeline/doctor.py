@@ -21,7 +21,7 @@ from pipeline.dvc.checkout import asked, complaint
 from pipeline.dvc.dag import load_dag
 from pipeline.dvc.damage import damages
 from pipeline.dvc.plan import one_line
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, fault
 from pipeline.pins import canonical, pins
 from pipeline.prefect import identity, server
 from pipeline.prefect.artifacts import size
@@ -198,6 +198,9 @@ def _locks(root: Path) -> Iterator[Finding]:
             findings = list(_dvc_locks(root))
     except PipelineError as error:
         yield Finding("note", f"locks: {error}")
+        return
+    except OSError as error:  # a full disk, or one that is for reading only
+        yield Finding("wrong", f"locks: {fault(error) or error}")
         return
     yield from findings or [Finding("ok", "locks: no run is going on")]
 

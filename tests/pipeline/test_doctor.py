@@ -126,3 +126,12 @@ def test_a_server_is_reached_or_not(server: str) -> None:
         and not reachable(NOWHERE)
         and not reachable("nonsense")
     )
+
+
+def test_locks_that_cannot_be_written_keep_no_other_finding_back(project: Project) -> None:
+    """As on a full disk, or one that is for reading only."""
+    (project.root / ".dvc/tmp/run.lock").mkdir(parents=True)
+    found = list(examine(project.root, NOWHERE))
+    (locks,) = [finding for finding in found if finding.what.startswith("locks: ")]
+    assert locks.level == "wrong" and locks.what.endswith("Is a directory; mend that and run again")
+    assert any(finding.what.startswith("disk: ") for finding in found)
