@@ -342,7 +342,7 @@ def _sweep(arguments: argparse.Namespace) -> int:
     import logging
 
     from pipeline.dvc.plan import select
-    from pipeline.sweep import GOOD, grid, sweep, table
+    from pipeline.sweep import GOOD, grid, sweep, table, unmatched
 
     points = grid(arguments.grid)
     select(_dag(), arguments.stages)
@@ -354,7 +354,7 @@ def _sweep(arguments: argparse.Namespace) -> int:
     options = [option for stage in arguments.stages for option in ("--stage", stage)]
     options += ["--jobs", str(arguments.jobs)] if arguments.jobs else []
     sweep(Path.cwd(), points, arguments.stages, options, arguments.cluster)
-    _say(_columns(table(points, arguments.metrics)))
+    _say([*_columns(table(points, arguments.metrics)), *unmatched(points, arguments.metrics)])
     return int(any(point.end not in GOOD for point in points))
 
 
@@ -365,7 +365,7 @@ def _seeds(arguments: argparse.Namespace) -> int:
     from pipeline.dvc.plan import select
     from pipeline.prefect.artifacts import current_metrics
     from pipeline.seeds import REPORT, columns, gather, own_seed, points
-    from pipeline.sweep import Point, fetched, table
+    from pipeline.sweep import Point, fetched, table, unmatched
 
     root = Path.cwd()
     found = points(root, arguments.seeds)
@@ -386,7 +386,8 @@ def _seeds(arguments: argparse.Namespace) -> int:
             fetched(root, [_dag()[REPORT]])
         metrics = current_metrics(root, _dag()[REPORT])
         found = [Point({"seed": own_seed(root)}, "this run", metrics), *found]
-    _say(_columns(table(found, arguments.metrics or columns(found))))
+    shown = table(found, arguments.metrics or columns(found))
+    _say([*_columns(shown), *unmatched(found, arguments.metrics)])
     return int(not good)
 
 

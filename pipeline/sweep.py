@@ -297,6 +297,17 @@ def table(points: Sequence[Point], patterns: Sequence[str]) -> list[list[str]]:
     return [[*keys, "", *shown], *rows]
 
 
+def unmatched(points: Sequence[Point], patterns: Sequence[str]) -> list[str]:
+    """A line for each pattern that chooses no metric of these points."""
+    numbers = [key for point in points for key in point.metrics if _numbers(points, key)]
+    return [
+        f"--metric {pattern}: no number among the metrics of these runs; `dvc metrics show` lists"
+        " what there is"
+        for pattern in patterns
+        if not fnmatch.filter(numbers, pattern)
+    ]
+
+
 def _told(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 

@@ -13,7 +13,7 @@ from prefect.client.schemas.sorting import FlowRunSort
 
 from pipeline.__main__ import main
 from pipeline.errors import PipelineError
-from pipeline.sweep import Point, grid, table
+from pipeline.sweep import Point, grid, table, unmatched
 from tests.pipeline.project import Project, git
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -72,6 +72,9 @@ def test_a_table_shows_what_differs_or_what_is_asked_for() -> None:
         ["2", "completed", "0.3333"],
         ["3", "failed", ""],
     ]
+    assert table(points, ["m.y"])[0] == ["a", ""]
+    (told,) = unmatched(points, ["m.y", "m.x", "m.*"])
+    assert told.startswith("--metric m.y: no number among the metrics of these runs")
     assert table(points[:1], [])[0] == [
         "a",
         "",
