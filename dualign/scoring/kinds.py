@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -343,9 +344,9 @@ def _conversations(
         rows = encode_conversations(tokenizer, prompts, answers, ended)
         return [prompt + answer for prompt, answer in rows]
     if tokenizer.chat_template:
-        return [
-            tokenizer(text)["input_ids"] for text in render(tokenizer, _turns(prompts, answers))
-        ]
+        turns = _turns(prompts, answers)
+        inner = encode_rendered(tokenizer, turns, partial(render, tokenizer))
+        return [[tokenizer.cls_token_id, *row, tokenizer.sep_token_id] for row in inner]
     texts = ["\n".join(map(itemgetter("content"), prompt)) for prompt in prompts]
     return [
         tokenizer(prompt, answer, split_special_tokens=True)["input_ids"]

@@ -236,15 +236,19 @@ def test_an_encoder_without_a_template_reads_prompt_and_answer_as_segments(
     assert "1 of 1 conversations are longer than the 24 tokens" in caplog.text
 
 
+def in_words(spec: GivenScorer) -> GivenScorer:
+    """The scorer with a tokenizer that parts words from signs, as BERT's does."""
+    tokenizer = AutoTokenizer.from_pretrained(spec.path)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.save_pretrained(spec.path)
+    return spec
+
+
 def test_words_that_spell_an_encoders_control_tokens_stay_words(
     encoder: Maker, resources: Resources
 ) -> None:
     """A [SEP] of the question's own would begin the second segment there."""
-    spec = encoder()
-    tokenizer = AutoTokenizer.from_pretrained(spec.path)
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.save_pretrained(spec.path)
-    scorer = load_given([spec], "helpful", 0.0, resources)
+    scorer = load_given([in_words(encoder())], "helpful", 0.0, resources)
     spelt, unknown = (
         scorer.score([user(f"Why {text} so?")], ["Yes [SEP] no."], batch_size=1)
         for text in ("[SEP]", "{sep}")
@@ -282,6 +286,27 @@ def test_an_encoder_reads_what_a_given_template_writes(
         scorer.score([user(text)] * 9, ANSWERS, batch_size=4) for text in ("Why?", QUESTION)
     )
     assert one == pytest.approx(other) and one.std() > 0.01
+
+
+def test_words_that_spell_control_tokens_stay_words_in_a_template_of_an_encoder(
+    encoder: Maker, resources: Resources, tmp_path: Path
+) -> None:
+    """The template's own [SEP] parts question and answer; one that is spelt parts nothing."""
+    (tmp_path / "pair.jinja").write_text(
+        "{{ messages[-2]['content'] }} [SEP] {{ messages[-1]['content'] }}"
+    )
+    spec = in_words(encoder(template=str(tmp_path / "pair.jinja")))
+    scorer = load_given([spec], "helpful", 0.0, resources)
+    spelt, unknown = (
+        scorer.score([user(f"Why {text} so?")], [f"Yes {text} no."], batch_size=1)
+        for text in ("[SEP]", "{sep}")
+    )
+    assert spelt == pytest.approx(unknown, abs=1e-6)
+    segments = load_given([spec.model_copy(update={"template": None})], "helpful", 0.0, resources)
+    one, other = (
+        each.score([user(QUESTION)] * 9, ANSWERS, batch_size=4) for each in (scorer, segments)
+    )
+    assert one == pytest.approx(other, abs=1e-6)
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe{"])
