@@ -28,6 +28,7 @@ from dualign.core.schema import (
 from dualign.evaluation.against_optimum import enumerate_answers
 from dualign.evaluation.rollout import Scorers, roll_out
 from dualign.evaluation.stats import clustered_mean, clustered_share
+from dualign.lm.sampling import check_prompts
 from dualign.lm.tokens import encode_answers, encode_prompts, retokenised_share
 from dualign.params.models import ScoreParams
 from dualign.scoring.support import HELD_OUT
@@ -45,6 +46,7 @@ def main(run: Run[ScoreParams]) -> None:
     """Run the stage."""
     params = run.params
     scorers = Scorers.load(run.resources)
+    check_prompts(scorers.reference, scorers.tokenizer, DATA, params.max_new_tokens)
     prompts = read_table(DATA / "pool.parquet", PROMPTS)
     started = time.monotonic()
     pool = roll_out(

@@ -30,8 +30,10 @@ from dualign.lm.models import (
 )
 from dualign.lm.numerics import precision_of
 from dualign.lm.quantised import check_installed, is_quantised, quantise
+from dualign.lm.sampling import check_prompts
 from dualign.lm.tokens import encode_conversations
-from dualign.params.models import SftParams
+from dualign.params.loading import load
+from dualign.params.models import ScoreParams, SftParams
 from dualign.stage import Run, execute
 from dualign.training.run import Job, Model
 from dualign.training.supervised import heldout_loss, train_sft
@@ -50,6 +52,7 @@ def main(run: Run[SftParams]) -> None:
     model, tokenizer = base(run, rows)
     check_context(model, params.training.max_length, "sft.training.max_length")
     train, heldout = encoded(rows, tokenizer)
+    check_prompts(model, tokenizer, ROWS.parent, load(ScoreParams).max_new_tokens)
     job = Job(params.training, run.resources, scratch, params.seed)
     if params.train:
         model = with_lora(model, params.lora, params.seed)

@@ -201,10 +201,14 @@ def check_context(model: torch.nn.Module, tokens: int, what: str, remedy: str = 
     """
     context = context_of(model)
     if context is not None and tokens > context:
-        name = getattr(getattr(model, "config", None), "_name_or_path", "") or "the model"
         raise ParamsError(
-            f"{what}: {tokens} tokens, but the context of {name} is {context}; {remedy}"
+            f"{what}: {tokens} tokens, but the context of {name_of(model)} is {context}; {remedy}"
         )
+
+
+def name_of(model: torch.nn.Module) -> str:
+    """Where a model is from, as messages call it."""
+    return str(getattr(getattr(model, "config", None), "_name_or_path", "") or "the model")
 
 
 def with_adapter(model: PreTrainedModel, path: str | Path) -> PeftModel:

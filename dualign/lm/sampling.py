@@ -3,19 +3,24 @@ log-probabilities of given answers."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import textwrap
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
+import pyarrow as pa
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from dualign.core import ranks, work
+from dualign.core.errors import DataError
 from dualign.core.progress import Progress, silenced
+from dualign.core.schema import PROMPTS, Message, read_table
 from dualign.core.work import Work
 from dualign.lm.batches import by_length
 from dualign.lm.engines import generate
@@ -23,15 +28,20 @@ from dualign.lm.engines.check import check
 from dualign.lm.engines.interface import PLAIN, Answer, Decoding, Request, row_seed, seed_for
 from dualign.lm.engines.table import ENGINES
 from dualign.lm.flops import Tokens, reading_flop, size_of
-from dualign.lm.loading import check_context, context_of
+from dualign.lm.loading import check_context, context_of, name_of
 from dualign.lm.mixture import Mixture, Policy, mixture_log_probability
 from dualign.lm.models import end_tokens
 from dualign.lm.numerics import answer_log_probabilities, padded_rows
 from dualign.lm.packing import attention_kept, packed_log_probabilities, packs
-from dualign.lm.tokens import decode_answers
+from dualign.lm.tokens import decode_answers, encode_prompts, render
 from dualign.params.base import Resources
 
 log = logging.getLogger(__name__)
+
+#: What `prepare` leaves: pairs, whose prompts a template must take, and prompts that are answered.
+_PAIRS = ("helpful_pairs", "safety_pairs")
+_ASKED = ("pool", "search", "certify", "eval")
+_PROMPTS = pa.schema([PROMPTS.field("prompt")])
 
 
 @dataclass(frozen=True)
@@ -218,6 +228,51 @@ def _check_room(
     fits = least <= (context_of(policy) or least)
     remedy = "lower it" if fits else "leave the prompt out"
     check_context(policy, len(prompt) + request.max_new_tokens, what, remedy)
+
+
+def check_prompts(
+    policy: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path, longest: int
+) -> None:
+    """Refuse prompts in the folder of `prepare` that the template refuses, and those after which
+    the context has no room for the `longest` answer: some are answered when all is trained.
+
+    A worker that has fetched what its stage names alone checks the tables that it has. Raises
+    DataError that names the table."""
+    for name in _PAIRS:
+        with _prompts_of(folder / f"{name}.parquet") as prompts:
+            render(tokenizer, prompts, answering=True)
+    for name in _ASKED:
+        with _prompts_of(folder / f"{name}.parquet") as prompts:
+            _check_lengths(policy, prompts, encode_prompts(tokenizer, prompts), longest)
+
+
+@contextlib.contextmanager
+def _prompts_of(file: Path) -> Iterator[list[list[Message]]]:
+    """The prompts of a table, none where it is not there; a DataError within names it."""
+    try:
+        yield read_table(file, _PROMPTS)["prompt"].tolist() if file.is_file() else []
+    except DataError as error:
+        raise DataError(f"{file}: {error}") from error
+
+
+def _check_lengths(
+    policy: torch.nn.Module,
+    prompts: Sequence[Sequence[Message]],
+    ids: Sequence[Sequence[int]],
+    longest: int,
+) -> None:
+    """Refuse prompts without room for an answer; `ids` are theirs."""
+    context = context_of(policy) or math.inf
+    rows = zip(prompts, ids, strict=True)
+    over = [prompt for prompt, own in rows if len(own) + longest > context]
+    if over:
+        least = min(sum(len(turn["content"]) for turn in prompt) for prompt in over)
+        raise DataError(
+            f"{len(over)} of {len(prompts)} prompts leave no room for an answer of {longest} tokens"
+            f" in the context of {name_of(policy)}, {context} tokens: the longest has"
+            f" {max(map(len, ids))}; lower generation.max_new_tokens, or prepare.max_prompt_chars"
+            f" (below {least} all of these are left out)"
+        )
 
 
 def _tell(

@@ -423,6 +423,7 @@ def workspace(folder: Path, tokenizer: PreTrainedTokenizerBase) -> Path:
     write_parquet(prepared / "helpful_pairs.parquet", pairs, HELPFUL_PAIRS)
     write_parquet(prepared / "safety_pairs.parquet", pair_rows("safer_response_id"), SAFETY_PAIRS)
     write_json(folder / "data/dual/dual.json", solved())
+    shutil.copy(ROOT / "params.yaml", folder)
     return folder
 
 

@@ -4,6 +4,7 @@ name.
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dualign.core.artifacts import read_json, write_parquet
 from dualign.core.errors import DataError, ModelError, ParamsError
-from dualign.core.schema import SFT, prompt_id, user
+from dualign.core.schema import PROMPTS, SAFETY_PAIRS, SFT, prompt_id, user
 from dualign.data import world
 from dualign.lm.models import load_policy, save, with_lora
 from dualign.lm.quantised import is_quantised
@@ -67,6 +68,7 @@ def base(workspace: Path) -> Path:
             }
         )
     write_parquet(workspace / "data/prepared/sft.parquet", rows, SFT)
+    shutil.copy(ROOT / "params.yaml", workspace)
     return workspace
 
 
@@ -155,6 +157,41 @@ def test_rows_longer_than_the_context_are_refused_before_training(
         ParamsError, match=r"sft\.training\.max_length: 129 tokens, but the context .* is 128"
     ):
         run(longer, resources)
+
+
+def test_prompts_that_are_answered_later_must_fit_before_training(
+    base: Path, resources: Resources
+) -> None:
+    """The certificate's are answered last, when all policies are trained."""
+    rows = [
+        {"prompt_id": prompt_id(user(text)), "prompt": user(text), "source": "mine"}
+        for text in ("Why?", "Why so? " * 50, "Oh, why so? " * 50)
+    ]
+    write_parquet("data/prepared/certify.parquet", rows, PROMPTS)
+    told = (
+        r"^data/prepared/certify\.parquet: 2 of 3 prompts leave no room for an answer of 40 tokens"
+        r" in the context of .*mine, 128 .*_chars \(below 400 all of these are left out\)$"
+    )
+    with pytest.raises(DataError, match=told):
+        run(params(), resources)
+    assert not Path("models/sft").exists()
+    write_parquet("data/prepared/certify.parquet", rows[:1], PROMPTS)
+    run(params(train=False), resources)
+
+
+def test_a_pair_whose_prompt_the_template_refuses_is_named_before_training(
+    base: Path, resources: Resources
+) -> None:
+    Path("mine.jinja").write_text(
+        "{% for turn in messages %}{% if turn['role'] == 'system' %}{{ raise_exception('no system')"
+        " }}{% endif %}{{ turn['content'] }}{% endfor %}:"
+    )
+    prompt = [{"role": "system", "content": "Be brief."}, *user("Why?")]
+    row = {"pair_id": "p", "prompt_id": "p", "prompt": prompt, "chosen": "A", "rejected": "B"}
+    write_parquet("data/prepared/safety_pairs.parquet", [row], SAFETY_PAIRS)
+    told = r"^data/prepared/safety_pairs\.parquet: row 1 \(turns system, user: .*no system"
+    with pytest.raises(DataError, match=told):
+        run(params(chat_template="mine.jinja"), resources)
 
 
 def test_an_adapter_is_no_base(
