@@ -26,6 +26,7 @@ _SEVERITY = ("response_0_severity_level", "response_1_severity_level")
 _TURN = re.compile(r"\r?\n\r?\n(Human|Assistant):")
 _HELPSTEER2_TURN = re.compile(r"\r?\n<extra_id_1>(User|Assistant)\r?\n")
 _HH_ROLES = {"Human": "user", "Assistant": "assistant"}
+_UNSAID: Message = {"role": "assistant", "content": ""}
 OWN_FLAGS = ("chosen_is_safe", "rejected_is_safe")
 _ANSWER = ("prompt", "response")
 #: What format `columns` may map beside the columns of which one set must be whole.
@@ -172,16 +173,20 @@ def _hh(row: Row, where: Where, kind: Kind, columns: Mapping[str, str]) -> Itera
 
 def _dialogue(row: Row, column: str) -> tuple[list[Message], str]:
     """Prompt and answer of `\\n\\nHuman: ... \\n\\nAssistant: ...`, split at its last Assistant."""
-    before, *parts = _TURN.split("\n\n" + cells.text(row, column))
-    turns: list[Message] = [
-        {"role": _HH_ROLES[role], "content": content.strip()}
-        for role, content in zip(parts[::2], parts[1::2], strict=True)
-    ]
-    if before or not turns or turns[-1]["role"] != "assistant":
+    turns = _spoken(cells.text(row, column))
+    if not turns or turns[-1]["role"] != "assistant":
         raise BadRow(
             "not_a_dialogue", f"{column} must begin with 'Human:' and end with an 'Assistant:' turn"
         )
     return _checked(turns[:-1], column), turns[-1]["content"]
+
+
+def _spoken(text: str) -> list[Message]:
+    """The turns of a text that begins with one of `Human:` or `Assistant:`, else none."""
+    before, *parts = _TURN.split("\n\n" + text)
+    named = zip(parts[::2], parts[1::2], strict=True)
+    turns = [Message(role=_HH_ROLES[role], content=content.strip()) for role, content in named]
+    return [] if before else turns
 
 
 def _alpaca(row: Row, where: Where, kind: Kind, columns: Mapping[str, str]) -> Iterator[Item]:
@@ -208,9 +213,21 @@ def _own(row: Row, where: Where, kind: Kind, columns: Mapping[str, str]) -> Iter
 
 
 def _prompt(row: Row, column: str) -> list[Message]:
-    """A text, or a list of turns."""
-    turns = turns_in(row.get(column), column)
-    return user(cells.text(row, column)) if turns is None else _checked(turns, column)
+    """A text, or a list of turns; HH's as text may end with an `Assistant:` that says nothing."""
+    turns = _turns(row, column)
+    if turns is None:
+        return user(cells.text(row, column))
+    return _checked(turns[:-1] if turns[-1:] == [_UNSAID] else turns, column)
+
+
+def _turns(row: Row, column: str) -> list[Message] | None:
+    """The turns of a cell: messages, or HH's of both speakers as text; None for other text."""
+    value = row.get(column)
+    turns = turns_in(value, column)
+    if turns is not None or not isinstance(value, str):
+        return turns
+    spoken = _spoken(value.strip())
+    return spoken if len({turn["role"] for turn in spoken}) > 1 else None
 
 
 def _answer(row: Row, column: str, prompt: list[Message] | None) -> tuple[list[Message], str]:
@@ -219,7 +236,7 @@ def _answer(row: Row, column: str, prompt: list[Message] | None) -> tuple[list[M
     A dialogue has its own prompt, of which that of the row must be a part: UltraFeedback's is the
     question alone.
     """
-    turns = turns_in(row.get(column), column)
+    turns = _turns(row, column)
     if turns is None:
         if prompt is None:
             raise BadRow(

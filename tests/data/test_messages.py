@@ -85,6 +85,38 @@ def test_pairs_of_messages(tmp_path: Path, row: dict[str, Any], columns: dict[st
     assert (found.prompt, found.chosen, found.rejected) == (TALK, "So.", "No.")
 
 
+ASKED = "\n\nHuman: Why?\n\nAssistant: So?\n\nHuman: And?\n\nAssistant:"
+
+
+@pytest.mark.parametrize(
+    ("row", "columns"),
+    [
+        ({"prompt": ASKED, "chosen": " Yes.", "rejected": "No."}, PAIR),
+        ({"prompt": ASKED, "chosen": f"{ASKED} Yes.", "rejected": f"{ASKED} No."}, PAIR),
+        ({"prompt": "And?", "chosen": f"{ASKED} Yes.", "rejected": f"{ASKED} No."}, PAIR),
+        (
+            {"chosen": f"{ASKED} Yes.", "rejected": f"{ASKED} No."},
+            {"chosen": "chosen", "rejected": "rejected"},
+        ),
+    ],
+)
+def test_turns_of_hh_in_a_column_are_turns(
+    tmp_path: Path, row: dict[str, Any], columns: dict[str, str]
+) -> None:
+    """As one text they would hide their first question, by which sets of prompts are disjoint."""
+    (found,) = records(tmp_path, "helpful", [row], columns)
+    turns = [*user("Why?"), said("So?"), *user("And?")]
+    assert (found.prompt, found.chosen, found.rejected) == (turns, "Yes.", "No.")
+
+
+def test_text_of_one_speaker_and_turns_that_end_with_an_answer(tmp_path: Path) -> None:
+    answers = {"chosen": "Yes.", "rejected": "No."}
+    (found,) = records(tmp_path, "helpful", [{"prompt": "Human: Why?", **answers}], PAIR)
+    assert found.prompt == user("Human: Why?")
+    (bad,) = records(tmp_path, "helpful", [{"prompt": f"{ASKED} Well", **answers}], PAIR)
+    assert bad.reason == "bad_turns"
+
+
 @pytest.mark.parametrize(
     "turns", [[*TALK, said("So.")], [*SHAREGPT, {"from": "gpt", "value": "So."}]]
 )
