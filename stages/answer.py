@@ -20,7 +20,7 @@ import pandas as pd
 import pyarrow as pa
 
 from dualign.core.artifacts import SUITE_PROMPTS, listed, replacing, write_parquet
-from dualign.core.schema import CHOICES, SUITE, SUITE_ANSWERS, read_table
+from dualign.core.schema import CHOICES, SFT, SUITE, SUITE_ANSWERS, family_id, read_table
 from dualign.evaluation.stats import clustered_mean
 from dualign.evaluation.suites import before_stop, read_suite
 from dualign.evaluation.truthful import choice_log_probabilities, mc1, mc2
@@ -37,6 +37,13 @@ from dualign.stage import Run, execute
 log = logging.getLogger("dualign")
 
 OUT = Path("reports/answers")
+#: What trainings read, and the columns of all of it that say which questions.
+TRAINED = [
+    Path("data/prepared/sft.parquet"),
+    Path("data/prepared/helpful_pairs.parquet"),
+    Path("data/prepared/safety_pairs.parquet"),
+]
+QUESTIONS = pa.schema([SFT.field(name) for name in ("prompt_id", "prompt", "split")])
 MODELS = Path("models")
 #: Whose tokenizer all policies have.
 REFERENCE = MODELS / "sft"
@@ -48,6 +55,13 @@ def main(run: Run[AnswerParams]) -> None:
     """Run the stage."""
     name, spec = run.pick(run.params.suites, "suites")
     suite = read_suite(spec, Path(run.params.folder))
+    known = seen(suite)
+    if known:
+        log.warning(
+            "%s: %d of %d prompts begin with a question of a training row (data/prepared): how"
+            " policies answer these is no evidence of how they answer others",
+            name, known, len(suite),
+        )  # fmt: skip
     schema = SUITE_ANSWERS if suite["choices"].isna().all() else CHOICES
     metrics: dict[str, Any] = {}
     with replacing(OUT / name) as out:
@@ -61,7 +75,16 @@ def main(run: Run[AnswerParams]) -> None:
             answers = kept_or_made(run, policy, out / SUITE_PROMPTS, schema)
             write_parquet(out / f"{policy}.parquet", answers, schema)
             metrics[policy] = told(answers)
-    run.metrics({"prompts": len(suite), "policies": metrics})
+    run.metrics({"prompts": len(suite), "seen": known, "policies": metrics})
+
+
+def seen(suite: pd.DataFrame) -> int:
+    """How many prompts of a suite begin with a question that a training row begins with."""
+    questions: set[str] = set()
+    for file in TRAINED:
+        rows = read_table(file, QUESTIONS).drop_duplicates("prompt_id")
+        questions.update(map(family_id, rows[rows["split"] == "train"]["prompt"]))
+    return sum(family_id(prompt) in questions for prompt in suite["prompt"])
 
 
 def kept_or_made(

@@ -197,6 +197,11 @@ def prompt_id(prompt: Sequence[Message]) -> str:
     return identity(key)
 
 
+def family_id(prompt: Sequence[Message]) -> str:
+    """Identity of the first question of a prompt, which dialogues of any length share."""
+    return prompt_id(user(next(turn["content"] for turn in prompt if turn["role"] == "user")))
+
+
 def pair_id(prompt: Sequence[Message], chosen: str, rejected: str) -> str:
     """Identity of a pair, whichever side is preferred: 16 hex digits of prompt and both answers."""
     first, second = sorted((chosen, rejected))

@@ -45,7 +45,7 @@ class Spool:
     def add(self, record: Usable) -> None:
         """Keep a record."""
         prompt = schema.prompt_id(record.prompt)
-        family = prompt if len(record.prompt) == 1 else _family(record)
+        family = prompt if len(record.prompt) == 1 else schema.family_id(record.prompt)
         source = record.where.source
         if source not in self.names:
             self.names.append(source)
@@ -118,8 +118,3 @@ def _key(record: Usable, prompt: str) -> str:
     if record.rejected is None:
         return schema.identity(f"{prompt}\x1e{record.chosen}")
     return schema.pair_id(record.prompt, record.chosen, record.rejected)
-
-
-def _family(record: Usable) -> str:
-    first = next(turn["content"] for turn in record.prompt if turn["role"] == "user")
-    return schema.prompt_id(schema.user(first))

@@ -14,7 +14,16 @@ from transformers import PreTrainedTokenizerBase
 
 from dualign.core.artifacts import read_json, write_parquet
 from dualign.core.errors import DualignError, ParamsError
-from dualign.core.schema import CHOICES, PROMPTS, SUITE, SUITE_ANSWERS, prompt_id, read_table, user
+from dualign.core.schema import (
+    CHOICES,
+    PROMPTS,
+    SFT,
+    SUITE,
+    SUITE_ANSWERS,
+    prompt_id,
+    read_table,
+    user,
+)
 from dualign.data import world
 from dualign.lm.models import build_scratch, save
 from dualign.params.base import Resources
@@ -37,6 +46,7 @@ def asked(workspace: Path) -> Path:
     prompts = [user(question) for question in world.prompts()[::900]]
     rows = [{"prompt_id": prompt_id(p), "prompt": p, "source": "world"} for p in prompts]
     write_parquet(workspace / "data/prepared/eval.parquet", rows, PROMPTS)
+    write_parquet(workspace / "data/prepared/sft.parquet", [], SFT)
     return workspace
 
 
@@ -82,6 +92,21 @@ def test_every_policy_answers_every_prompt(asked: Path, resources: Resources) ->
         assert told["policies"][policy]["answers"] == len(rows) == 2 * told["prompts"]
         assert told["policies"][policy]["length"] == rows["length"].mean()
     assert answers("sft")["response"].tolist() != answers("helpful")["response"].tolist()
+
+
+def test_prompts_that_begin_as_training_rows_do_are_counted(
+    asked: Path, resources: Resources, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whatever follows in the training row, and however it is spelt; held-out rows are not seen."""
+    assert run(resources)["seen"] == 0 and "training row" not in caplog.text
+    first, second, third, *_ = world.prompts()[::900]
+    dialogue = [*user(first.upper()), {"role": "assistant", "content": "So."}, *user("And?")]
+    row = {"prompt_id": "a", "prompt": dialogue, "response": "Yes.", "split": "train"}
+    more = {**row, "prompt_id": "b", "prompt": user(second)}
+    heldout = {**row, "prompt_id": "c", "prompt": user(third), "split": "heldout"}
+    write_parquet(asked / "data/prepared/sft.parquet", [row, more, heldout], SFT)
+    assert run(resources)["seen"] == 2
+    assert "tea: 2 of 6 prompts begin with a question of a training row" in caplog.text
 
 
 def test_another_policy_or_suite_makes_nothing_anew(

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from bench.chat_server import ChatServer
 from dualign.core.artifacts import read_json, write_parquet
-from dualign.core.schema import PROMPTS, SUITE_ANSWERS, prompt_id, read_table, user
+from dualign.core.schema import PROMPTS, SFT, SUITE_ANSWERS, prompt_id, read_table, user
 from dualign.data import world
 from dualign.lm.models import build_scratch, save
 from dualign.params.base import Resources
@@ -49,6 +49,7 @@ def asked(workspace: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[Path]
     prompts = [user(question) for question in world.prompts()[::900]]
     rows = [{"prompt_id": prompt_id(p), "prompt": p, "source": "world"} for p in prompts]
     write_parquet(workspace / "data/prepared/eval.parquet", rows, PROMPTS)
+    write_parquet(workspace / "data/prepared/sft.parquet", [], SFT)
     (workspace / "data/suites").mkdir(parents=True)
     write_suites(workspace / "data/suites")
     yield workspace
