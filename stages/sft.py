@@ -32,7 +32,8 @@ from dualign.lm.numerics import precision_of
 from dualign.lm.quantised import check_installed, is_quantised, quantise
 from dualign.lm.sampling import check_prompts
 from dualign.lm.tokens import encode_conversations
-from dualign.params.loading import load
+from dualign.params.consistency import lengths_on_base, params_of
+from dualign.params.loading import load_all
 from dualign.params.models import ScoreParams, SftParams
 from dualign.stage import Run, execute
 from dualign.training.run import Job, Model
@@ -51,8 +52,8 @@ def main(run: Run[SftParams]) -> None:
     scratch = run.scratch(ROWS, *local_inputs(params))
     model, tokenizer = base(run, rows)
     check_context(model, params.training.max_length, "sft.training.max_length")
+    check_later_stages(model, tokenizer)
     train, heldout = encoded(rows, tokenizer)
-    check_prompts(model, tokenizer, ROWS.parent, load(ScoreParams).max_new_tokens)
     job = Job(params.training, run.resources, scratch, params.seed)
     if params.train:
         model = with_lora(model, params.lora, params.seed)
@@ -73,6 +74,17 @@ def main(run: Run[SftParams]) -> None:
         trained=bool(params.train),
     )
     run.trained(metrics | as_row(told), scratch)
+
+
+def check_later_stages(model: Model, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse rows and prompts of the stages to come that the base cannot read, before it is
+    trained. Raises ParamsError and DataError.
+    """
+    stages = load_all()
+    for key, longest in lengths_on_base(stages).items():
+        check_context(model, longest, key)
+    longest = params_of(ScoreParams, stages).max_new_tokens
+    check_prompts(model, tokenizer, ROWS.parent, longest)
 
 
 def base(run: Run[SftParams], rows: pd.DataFrame) -> tuple[Model, PreTrainedTokenizerBase]:

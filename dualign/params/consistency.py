@@ -93,7 +93,19 @@ def _on_base(name: str, stage: StageParams) -> bool:
     """Whether a stage trains on models/sft; `sft` itself makes it, of a base as it is."""
     if isinstance(stage, ScorerParams):
         return stage.given is None and stage.backbone == "sft"
+    if isinstance(stage, DualSearchParams):
+        return bool(stage.methods)
     return name != "sft" and bool(getattr(stage, "runs", True))
+
+
+def lengths_on_base(stages: dict[str, StageParams]) -> dict[str, int]:
+    """The longest rows, in tokens, of every training on models/sft, by their keys."""
+    trainings = {name: getattr(stage, "training", None) for name, stage in stages.items()}
+    return {
+        f"{name}.training.max_length": training.max_length
+        for name, training in trainings.items()
+        if training is not None and _on_base(name, stages[name])
+    }
 
 
 def _check_judged(judge: JudgeParams, suites: set[str], path: str | Path) -> None:

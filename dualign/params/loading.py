@@ -62,7 +62,12 @@ def load(cls: type[P], path: str | Path = "params.yaml") -> P:
 
     Estimates on more prompts than are drawn pass here: `for_run` and `check` refuse them.
     """
-    return params_of(cls, _sections(read_yaml(path), path))
+    return params_of(cls, load_all(path))
+
+
+def load_all(path: str | Path = "params.yaml") -> dict[str, StageParams]:
+    """As `load`, the params of every stage by its section."""
+    return _sections(read_yaml(path), path)
 
 
 def for_run(cls: type[P], path: str | Path = "params.yaml") -> tuple[P, Resources]:

@@ -40,6 +40,8 @@ Metrics: TypeAlias = dict[str, Any]
 #: Attributes of modules that hold a rate of dropout, or of the noise of a router, beside those of
 #: `torch.nn.Dropout`: Llama's attention_dropout, OPT's dropout and layerdrop.
 _NOISE = re.compile("drop|jitter")
+#: The param that says how long a training's rows are.
+_LENGTH = "training.max_length (of the stage's own section, where it stands there)"
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,7 @@ def micro_batch(job: Job) -> int:
 
 def run(trainer: Any, job: Job) -> Metrics:
     """Train, from the last whole checkpoint if there is one; refuse a loss that is not finite."""
-    check_context(trainer.model, job.training.max_length, "training.max_length")
+    check_context(trainer.model, job.training.max_length, _LENGTH)
     if ranks.world() > 1:
         set_seed(job.seed, device_specific=True)  # or all would drop out the same
     trainer.remove_callback(PrinterCallback)  # prints a dict per logged step beside our line
@@ -210,6 +212,4 @@ def tell_dropped(given: int, kept: int, max_length: int) -> None:
             max_length,
         )
     if kept == 0:
-        raise DataError(
-            f"no row fits into max_length {max_length} tokens; raise training.max_length"
-        )
+        raise DataError(f"no row fits into max_length {max_length} tokens; raise {_LENGTH}")

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from ruamel.yaml import YAML
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
@@ -43,6 +44,12 @@ def params(**changes: Any) -> SftParams:
     checked = check(content, "my.yaml")["sft"]
     assert isinstance(checked, SftParams)
     return checked
+
+
+def write(content: dict[str, Any]) -> None:
+    """The params of the working folder."""
+    with Path("params.yaml").open("w") as file:
+        YAML(typ="safe").dump(content, file)
 
 
 @pytest.fixture
@@ -192,6 +199,25 @@ def test_a_pair_whose_prompt_the_template_refuses_is_named_before_training(
     told = r"^data/prepared/safety_pairs\.parquet: row 1 \(turns system, user: .*no system"
     with pytest.raises(DataError, match=told):
         run(params(chat_template="mine.jinja"), resources)
+
+
+def test_rows_of_later_trainings_must_fit_before_the_first(
+    base: Path, resources: Resources
+) -> None:
+    content = read_yaml(ROOT / "params.yaml")
+    content["cost_model"]["training"]["max_length"] = 129
+    write(content)
+    told = r"^cost_model\.training\.max_length: 129 tokens, but the context of .*mine is 128; lower"
+    with pytest.raises(ParamsError, match=told):
+        run(params(), resources)
+    assert not Path("models/sft").exists()
+    content["cost_model"]["given"] = [{"path": "a", "kind": "classifier", "higher_is": "harmful"}]
+    content["methods"] = {}
+    content["dual_search"]["training"]["max_length"] = 129
+    content["certify"]["runs"] = {}
+    content["evaluate"]["policies"] = {"sft": "sft"}
+    write(content)
+    run(params(train=False), resources)  # neither trains then
 
 
 def test_an_adapter_is_no_base(
