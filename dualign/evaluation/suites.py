@@ -232,7 +232,7 @@ def read_suite(spec: SuiteSpec, folder: Path) -> pd.DataFrame:
         DataError: there is no such file, or a row of it is not as the suite's are.
     """
     item = SUITES[spec.suite].item
-    frame = _table(spec) if item is None else _rows(spec, folder, item)
+    frame = _table(spec, folder) if item is None else _rows(spec, folder, item)
     once = frame.drop_duplicates("prompt_id", ignore_index=True)
     if len(once) < len(frame):
         log.warning("%s: %d prompts stand twice", spec.suite, len(frame) - len(once))
@@ -241,9 +241,9 @@ def read_suite(spec: SuiteSpec, folder: Path) -> pd.DataFrame:
     return once.iloc[chosen].reset_index(drop=True)
 
 
-def _table(spec: SuiteSpec) -> pd.DataFrame:
-    """Prompts that `prepare` wrote."""
-    table = read_table(spec.path or SUITES["held_out"].file, PROMPTS)
+def _table(spec: SuiteSpec, folder: Path) -> pd.DataFrame:
+    """Prompts that `prepare` wrote, here or elsewhere."""
+    table = read_table(folder / spec.path if spec.path else SUITES["held_out"].file, PROMPTS)
     empty = [None] * len(table)
     table = table.assign(category=table["source"], label="", choices=empty, correct=empty)
     return table[list(COLUMNS)]

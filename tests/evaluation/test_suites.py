@@ -168,6 +168,7 @@ def test_held_out_prompts_are_those_of_the_data(tmp_path: Path) -> None:
     assert (row["prompt_id"], row["prompt"], row["category"]) == ("a", user("hm?"), "mine")
     with pytest.raises(DataError, match="run the stage that writes it"):
         read("held_out", tmp_path, str(tmp_path / "none.parquet"))
+    assert len(read("held_out", tmp_path, "eval.parquet")) == 1  # in the folder, as other files
 
 
 # --- which prompts --------------------------------------------------------------------------------
