@@ -341,9 +341,11 @@ def _low_ess(solution: DualSolution, params: DualInitParams) -> str:
     )
     wanted = samples_for_ess(reward, cost, solution.lam, params.beta, params.min_ess)
     by_beta = (
-        f"raise beta from {params.beta:g} to {beta:.2g}"
+        f"raise beta from {params.beta:g} to {beta:.2g}; "
         if beta is not None
-        else "no beta gives as many at this limit, so raise constraint.limit"
+        else "no beta gives as many at this limit, so raise constraint.limit; "
+        if count >= params.min_ess or wanted > _AFFORDABLE  # no limit makes more of fewer count
+        else ""
     )
     by_samples = (
         f"draw {wanted:.0f} samples a prompt or more (now {count}, score.samples_per_prompt)"
@@ -352,7 +354,7 @@ def _low_ess(solution: DualSolution, params: DualInitParams) -> str:
     )
     return (
         f"median effective sample size {np.median(solution.ess):.1f} of {count} is below"
-        f" {params.min_ess:g}, so predictions lean on few samples: {by_beta}; {by_samples}"
+        f" {params.min_ess:g}, so predictions lean on few samples: {by_beta}{by_samples}"
     )
 
 

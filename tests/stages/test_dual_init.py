@@ -265,6 +265,14 @@ def test_few_effective_samples_come_with_a_beta_and_a_number_of_samples(
 
 
 @pytest.mark.usefixtures("folder")
+def test_no_limit_makes_more_samples_count_than_there_are(resources: Resources) -> None:
+    [slack, few] = solved(run_of(resources, beta=1e6, limit=50.0, min_ess=9.0))["messages"]
+    assert "the limit is slack" in slack and "raise constraint.limit" not in few
+    assert few.endswith("of 8 is below 9, so predictions lean on few samples: draw 9 samples a"
+                        " prompt or more (now 8, score.samples_per_prompt)")  # fmt: skip
+
+
+@pytest.mark.usefixtures("folder")
 def test_a_stock_out_of_reach_is_told(resources: Resources) -> None:
     reward, cost = scores()
     limit = float(predict(reward, cost, 50.0, 1.5, cost).mean()) + 1e-3
