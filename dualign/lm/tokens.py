@@ -33,8 +33,11 @@ PLAIN_TEMPLATE = (
     "{% endfor %}"
 )
 
-#: The keys of params that name a template.
-TEMPLATE = "sft.chat_template (of a scorer: template)"
+#: The keys of params that name a template, and the file where there is no such key.
+TEMPLATE = (
+    "sft.chat_template (of a given scorer: template; of a backbone or a judge: chat_template.jinja"
+    " in its folder)"
+)
 #: What is asked of every template: a question, and answers that begin in different ways.
 QUESTION = "Who wrote it?"
 _ANSWERS = ("Sure", "I", "1", '"No"', "élan", "The end.")

@@ -176,6 +176,11 @@ def test_a_chat_template_may_be_given_kept_or_added(
     assert "has no chat template" not in caplog.text
     assert models.load_tokenizer(tmp_path).chat_template == PLAIN_TEMPLATE
     assert f"{tmp_path}: the tokenizer has no chat template" in caplog.text
+    assert "of a backbone or a judge: chat_template.jinja in its folder" in caplog.text
+    given.write_text("{% for turn in messages %}{{ turn['content'] }}!{% endfor %}")
+    given.rename(tmp_path / "chat_template.jinja")
+    loaded = models.load_tokenizer(tmp_path)
+    assert loaded.apply_chat_template(user("hi"), tokenize=False) == "hi!"
 
 
 # --- policies -------------------------------------------------------------------------------------
