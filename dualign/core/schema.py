@@ -174,6 +174,11 @@ def last_user_text(prompt: Sequence[Message]) -> str:
     return prompt[-1]["content"]
 
 
+def characters(prompt: Sequence[Message]) -> int:
+    """How long a prompt is, all turns together."""
+    return sum(len(turn["content"]) for turn in prompt)
+
+
 @functools.lru_cache(maxsize=8192)
 def normalise(text: str) -> str:
     """Text as it is compared: NFKC, case-folded, letters, marks and digits, single spaces.

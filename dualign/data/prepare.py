@@ -204,7 +204,7 @@ def _gather(kind: Kind, params: PrepareParams, spool: Spool, ledger: Ledger) -> 
 def _examined(record: Usable, kind: Kind, params: PrepareParams) -> Usable | Rejected | Skipped:
     """The record, or why it is rejected."""
     answers = [answer for answer in (record.chosen, record.rejected) if answer is not None]
-    prompt = sum(len(turn["content"]) for turn in record.prompt)
+    prompt = schema.characters(record.prompt)
     longest = max(map(len, answers))
     if not all(turn["content"] for turn in record.prompt):
         return _rejected(record, "empty_prompt", "a turn of the prompt is empty")

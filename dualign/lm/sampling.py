@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from dualign.core import ranks, work
 from dualign.core.errors import DataError
 from dualign.core.progress import Progress, silenced
-from dualign.core.schema import PROMPTS, Message, read_table
+from dualign.core.schema import PROMPTS, Message, characters, read_table
 from dualign.core.work import Work
 from dualign.lm.batches import by_length
 from dualign.lm.engines import generate
@@ -264,14 +264,13 @@ def _check_lengths(
     """Refuse prompts without room for an answer; `ids` are theirs."""
     context = context_of(policy) or math.inf
     rows = zip(prompts, ids, strict=True)
-    over = [prompt for prompt, own in rows if len(own) + longest > context]
+    over = [characters(prompt) for prompt, own in rows if len(own) + longest > context]
     if over:
-        least = min(sum(len(turn["content"]) for turn in prompt) for prompt in over)
         raise DataError(
             f"{len(over)} of {len(prompts)} prompts leave no room for an answer of {longest} tokens"
             f" in the context of {name_of(policy)}, {context} tokens: the longest has"
             f" {max(map(len, ids))}; lower generation.max_new_tokens, or prepare.max_prompt_chars"
-            f" (below {least} all of these are left out)"
+            f" (below {min(over)} all of these are left out)"
         )
 
 
