@@ -215,7 +215,7 @@ def _results(policy: Published) -> list[EvalResult]:
 
 
 def _method(policy: Published) -> str:
-    """What it was trained for, where that is a tilt by reward and cost; or what a merge stands for."""
+    """What it was trained for, where that is a tilt by reward and cost; what a merge stands for."""
     if policy.row is None or policy.row.lam is None or not policy.row.tilts:
         return ""
     others = ", and the prices of its other limits" if policy.row.additional else ""
