@@ -60,7 +60,9 @@ class Ledger:
         self.quarantine: list[dict[str, Any]] = []
 
     def count(self, kind: Kind, source: str, outcome: str, times: int = 1) -> None:
-        """Note records as `records` (each is), `skipped`, `duplicates`, `reserved` or `kept`."""
+        """Note records as `records` (each is), `echoes`, `skipped`, `duplicates`, `reserved` or
+        `kept`.
+        """
         self.counts[kind, source, outcome] += times
 
     def reject(self, kind: Kind, bad: Rejected) -> None:
@@ -194,6 +196,7 @@ def _gather(kind: Kind, params: PrepareParams, spool: Spool, ledger: Ledger) -> 
             if isinstance(item, Usable):
                 item = _examined(item, kind, params)
             if isinstance(item, Usable):
+                ledger.count(kind, item.where.source, "echoes", _echoes(item))
                 spool.add(item)
             elif isinstance(item, Rejected):
                 ledger.reject(kind, item)
@@ -229,6 +232,13 @@ def _examined(record: Usable, kind: Kind, params: PrepareParams) -> Usable | Rej
             record, "contradictory_flags", "the safer answer is flagged unsafe, the other one safe"
         )
     return record
+
+
+def _echoes(record: Usable) -> bool:
+    """Whether all answers begin with the question, as in files of whole texts."""
+    answers = [answer for answer in (record.chosen, record.rejected) if answer is not None]
+    question = schema.last_user_text(record.prompt)
+    return all(answer.startswith(question) for answer in answers)
 
 
 def _rejected(record: Usable, reason: str, detail: str) -> Rejected:
@@ -317,6 +327,21 @@ def _check_sources(params: PrepareParams, ledger: Ledger, failed: Path) -> None:
             logger.info(
                 "%s: %s: %d records, %d rejected%s", kind, source, records, rejected, others
             )
+            _tell_echoes(kind, source, ledger, records - rejected - skipped)
+
+
+def _tell_echoes(kind: Kind, source: str, ledger: Ledger, usable: int) -> None:
+    """Warn of a source most of whose answers hold their prompt as well."""
+    echoes = ledger.of(kind, source, "echoes")
+    if 2 * echoes > usable:
+        logger.warning(
+            "%s: %s: in %d of %d records the answers begin with the prompt; where they are whole"
+            " texts, cut the prompt off them, else policies learn to repeat it",
+            kind,
+            source,
+            echoes,
+            usable,
+        )
 
 
 def _too_many(params: PrepareParams, kind: Kind, source: str, ledger: Ledger, failed: Path) -> str:

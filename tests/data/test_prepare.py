@@ -624,6 +624,22 @@ def test_the_quarantine_of_a_source_is_bounded_and_every_row_counted(
     )
 
 
+def test_answers_that_hold_their_prompt_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As files of whole texts have them; a few that take the question up are as they may be."""
+    write_files(tmp_path)
+    whole = [pair(n, chosen=f"question {n} good", rejected=f"question {n} bad") for n in range(60)]
+    mixed = [pair(1000 + n, chosen=f"question {1000 + n} good") for n in range(60)]
+    for kind, rows in (("helpful", whole), ("safety", mixed)):
+        (tmp_path / f"{kind}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prepare(params(tmp_path, **SOURCES, **TINY), tmp_path / "out")
+    (told,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert told.startswith(
+        "helpful: columns:helpful.jsonl: in 60 of 60 records the answers begin with the prompt;"
+    )
+
+
 def test_two_readings_of_one_path_are_counted_apart(tmp_path: Path) -> None:
     """Together they would have half of their rows rejected, which is allowed."""
     write_files(tmp_path)
