@@ -43,6 +43,8 @@ _SAME = {torch.bfloat16: 2e-2, torch.float32: 1e-4, torch.float64: 1e-9}
 #: Least width of hidden states at which answers are packed on a CPU. It pays below, too (1.4 times
 #: at 48), but the small models of the shipped world keep their bytes.
 WIDTH = 128
+#: Configuration keys of how far a token sees: of a window, and of a chunk (Llama 4).
+_REACH = ("sliding_window", "attention_chunk_size")
 #: A mask of four dimensions, which models hand to their attention as it is.
 _GIVEN = (1, 1, 1, 1)
 
@@ -274,15 +276,15 @@ def _joined(prompt: tuple[Tensor, ...], answer: tuple[Tensor, ...]) -> tuple[Ten
 def enable_packing(model: Any) -> bool:
     """Prepare a model for `packed_log_probabilities`; False, and nothing done, where it cannot.
 
-    It can where its attention is transformers' sdpa, takes other interfaces, has no window, and a
-    packed row gives the numbers of padded ones, which two short answers tell."""
+    It can where its attention is transformers' sdpa, takes other interfaces, has no window or
+    chunks, and a packed row gives the numbers of padded ones, which two short answers tell."""
     base = without_adapter(model)
     config = base.config.get_text_config()
     if config._attn_implementation == PACKED:
         return True
     if config._attn_implementation != "sdpa" or not base._supports_attention_backend:
         return False
-    if getattr(config, "sliding_window", None) is not None:
+    if any(getattr(config, key, None) is not None for key in _REACH):
         return False
     AttentionInterface.register(PACKED, attention)
     AttentionMaskInterface.register(PACKED, sdpa_mask)

@@ -10,7 +10,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, MambaConfig, MistralConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    Llama4TextConfig,
+    MambaConfig,
+    MistralConfig,
+    PreTrainedModel,
+)
 
 from dualign.lm import models, packing
 from dualign.lm.numerics import answer_log_probabilities, padded_rows
@@ -96,13 +102,18 @@ def one_after_another(model: PreTrainedModel) -> None:
     model.get_input_embeddings().register_forward_hook(mixed)
 
 
-@pytest.mark.parametrize("reason", ["recurrent", "window", "eager", "softcap", "other numbers"])
+@pytest.mark.parametrize(
+    "reason", ["recurrent", "window", "chunks", "eager", "softcap", "other numbers"]
+)
 def test_a_model_that_cannot_is_left_as_it_is(reason: str) -> None:
     small = {name: SMALL[name] for name in ("vocab_size", "hidden_size", "num_hidden_layers")}
     made: dict[str, Any] = {
         "recurrent": lambda: AutoModelForCausalLM.from_config(MambaConfig(**small, state_size=4)),
         "window": lambda: AutoModelForCausalLM.from_config(
             MistralConfig(**SMALL, sliding_window=8)
+        ),
+        "chunks": lambda: AutoModelForCausalLM.from_config(
+            Llama4TextConfig(**SMALL, attention_chunk_size=8, num_local_experts=2)
         ),
     }
     model = made.get(reason, lambda: built("gemma2" if reason == "softcap" else "llama"))()
