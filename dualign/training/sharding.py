@@ -14,6 +14,10 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch.distributed.tensor import DTensor
 
+#: What trainers write into a model's configuration for themselves. By it others read the policy
+#: later, so that it stays the base's.
+_WRITTEN = ("use_cache", "output_router_logits", "router_aux_loss_coef")
+
 
 def fsdp_arguments() -> dict[str, Any]:
     """What TRL's arguments need for it. Weights are computed with as the model itself says, not in
@@ -38,8 +42,11 @@ class Sharding:
         trained = copy.deepcopy(model) if args.fsdp else model
         if args.fsdp:
             model.to("cpu")  # until it is given back
+        before = _settings(trained)
         parent: Any = super()
         parent.__init__(trained, *given, args=args, **options)
+        for config, key, value in before:
+            setattr(config, key, value)
         self.is_fsdp_enabled = bool(args.fsdp)
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -64,6 +71,13 @@ class Sharding:
             if weight.requires_grad:
                 weight.data.copy_(_full(trained[name]))
         self.whole.to(self._home)
+
+
+def _settings(model: Any) -> list[tuple[Any, str, Any]]:
+    """What a model's configuration, and that of its text, say under the keys of `_WRITTEN`."""
+    configs = (model.config, model.config.get_text_config())
+    held = [(config, key) for config in configs for key in _WRITTEN if hasattr(config, key)]
+    return [(config, key, getattr(config, key)) for config, key in held]
 
 
 def _full(weight: torch.Tensor) -> torch.Tensor:

@@ -24,9 +24,6 @@ from dualign.training.run import (
 )
 from dualign.training.shares import Shared
 
-#: Of the config of a mixture of experts: whether it tells its routing, and the weight of that loss.
-_ROUTER = ("output_router_logits", "router_aux_loss_coef")
-
 
 def train_sft(
     model: Model,
@@ -83,15 +80,7 @@ def _logps(
 class SupervisedTrainer(Shared, SFTTrainer):
     """SFTTrainer whose loss puts only the answers' positions through the vocabulary, in fp32.
 
-    It is that of the answers alone, also for a mixture of experts. TRL writes its choice into the
-    model's config, which is what generates and leaves later; here that stays the base's."""
-
-    def __init__(self, model: Model, *given: Any, **options: Any) -> None:
-        config = model.config.get_text_config()
-        before = {key: getattr(config, key) for key in _ROUTER if hasattr(config, key)}
-        super().__init__(model, *given, **options)
-        for key, value in before.items():
-            setattr(config, key, value)
+    It is that of the answers alone, also for a mixture of experts."""
 
     def leave_out(self, batch: dict[str, Any], rows: Tensor) -> None:
         """Leave the rows' tokens out, and out of their count."""

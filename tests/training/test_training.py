@@ -1032,6 +1032,17 @@ def test_an_adapter_is_saved_without_trls_copy_of_it(
     ).exists()
 
 
+@pytest.mark.parametrize("kind", ["soft", "sft", "scorer"], indirect=True)
+def test_a_trained_model_keeps_keys_and_values_as_before(
+    kind: tuple[Start, Train], job: Job
+) -> None:
+    """transformers writes into its configuration, which is saved, that it does not."""
+    start, train = kind
+    model: Any = start()
+    train(model, changed(job, "one", max_steps=1))
+    assert model.config.use_cache
+
+
 @pytest.mark.parametrize("steps", [None, 4], ids=["after its epochs", "after max_steps"])
 def test_a_run_that_had_ended_is_not_run_again(
     kind: tuple[Start, Train], job: Job, steps: int | None
