@@ -37,16 +37,17 @@ class Sharding:
     def __init__(self, model: Any, *given: Any, args: Any, **options: Any) -> None:
         if args.fsdp:  # or accelerate would go by the layers of the model before
             AcceleratorState._reset_state()
-        self.whole = model
-        self._home = model.device
-        trained = copy.deepcopy(model) if args.fsdp else model
-        if args.fsdp:
+        held = not isinstance(model, str)  # or the parent reads it, for itself alone
+        trained = copy.deepcopy(model) if args.fsdp and held else model
+        if trained is not model:
+            self._home = model.device
             model.to("cpu")  # until it is given back
-        before = _settings(trained)
+        before = _settings(trained) if held else []
         parent: Any = super()
         parent.__init__(trained, *given, args=args, **options)
         for config, key, value in before:
             setattr(config, key, value)
+        self.whole = self.model if trained is model else model
         self.is_fsdp_enabled = bool(args.fsdp)
 
     def create_accelerator_and_postprocess(self) -> None:

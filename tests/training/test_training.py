@@ -666,6 +666,19 @@ def test_a_users_table_trains_as_with_stock_dpo(
         torch.testing.assert_close(tensor, right[name], atol=1e-4, rtol=1e-3)
 
 
+def test_a_trainer_takes_the_folder_of_a_model_too(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    save(policy(tokenizer), tokenizer, tmp_path / "base")
+    args = PairwiseConfig(str(tmp_path / "run"), max_steps=1, use_cpu=True, bf16=False)
+    trainer = PairwiseTrainer(
+        str(tmp_path / "base"), args=args, train_dataset=own_table(), processing_class=tokenizer
+    )
+    before = weights(policy(tokenizer))
+    trainer.train()
+    assert not same(before, weights(trainer.model))
+
+
 def test_a_label_column_turns_a_users_pairs_around(
     tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
