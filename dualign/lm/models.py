@@ -31,7 +31,14 @@ from dualign.core import ranks
 from dualign.core.errors import ModelError, ParamsError
 from dualign.core.records import AdapterConfig, read_record
 from dualign.lm.frozen import frozen, own
-from dualign.lm.loading import first_line, load_model, load_reported, require, with_adapter
+from dualign.lm.loading import (
+    first_line,
+    load_model,
+    load_reported,
+    name_of,
+    require,
+    with_adapter,
+)
 from dualign.lm.numerics import (
     check_head,
     device_of,
@@ -328,7 +335,12 @@ def with_lora(
     head.
 
     Adapters are drawn from `seed`. Raises ParamsError for target modules that the model does not
-    have, and for dropout on what cannot have it."""
+    have, for dropout on what cannot have it, and for all weights of a model that is an adapter."""
+    if isinstance(model, PeftModel) and lora.rank == 0:
+        raise ParamsError(
+            "lora.rank 0 trains all weights, but the policy to go on from is an adapter on"
+            f" {name_of(model)}; give this stage a rank too, or that policy's rank 0"
+        )
     if lora.rank == 0 or isinstance(model, PeftModel):
         return model
     config = LoraConfig(

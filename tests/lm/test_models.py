@@ -30,7 +30,7 @@ from transformers import (
 )
 
 from dualign.core.artifacts import write_json, write_parquet
-from dualign.core.errors import ModelError
+from dualign.core.errors import ModelError, ParamsError
 from dualign.core.schema import HELPFUL_PAIRS, SAFETY_PAIRS, SFT, user
 from dualign.data import world
 from dualign.lm import models
@@ -307,6 +307,14 @@ def test_rank_zero_trains_all_weights(policy: Path, resources: Resources) -> Non
     plain = models.load_policy(policy, resources)
     assert models.with_lora(plain, LORA.model_copy(update={"rank": 0}), 0) is plain
     assert models.merged(plain) is plain
+
+
+def test_rank_zero_is_refused_to_an_adapter_which_alone_would_train(
+    policy: Path, resources: Resources
+) -> None:
+    adapted = models.with_lora(models.load_policy(policy, resources), LORA, 0)
+    with pytest.raises(ParamsError, match=rf"adapter on {policy}; give this stage a rank"):
+        models.with_lora(adapted, LORA.model_copy(update={"rank": 0}), 0)
 
 
 def test_adapters_come_back_on_their_base_and_can_be_trained_further(
