@@ -74,7 +74,10 @@ def arguments(job: Job) -> dict[str, Any]:
         "gradient_accumulation_steps": training.batch_size // (micro * ranks.world()),
         "learning_rate": training.learning_rate,
         "warmup_steps": training.warmup,
-        "lr_scheduler_type": training.schedule,
+        # transformers' own "constant" leaves the warm-up out.
+        "lr_scheduler_type": {"constant": "constant_with_warmup"}.get(
+            training.schedule, training.schedule
+        ),
         "weight_decay": training.weight_decay,
         "adam_beta2": training.adam_beta2,
         "seed": job.seed,

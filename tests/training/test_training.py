@@ -1134,6 +1134,17 @@ def test_metrics_tell_the_course_of_a_run(
         assert metrics["heldout_loss"] < losses[0] - 0.5
 
 
+@pytest.mark.parametrize("schedule", ["cosine", "constant"])
+def test_the_first_step_of_a_warm_up_is_at_rate_0(
+    tokenizer: PreTrainedTokenizerBase, job: Job, schedule: str
+) -> None:
+    rows = conversation_rows(tokenizer, 8)
+    model = policy(tokenizer)
+    begun = changed(job, schedule, max_steps=1, warmup=0.1, schedule=schedule)
+    supervised.train_sft(model, tokenizer, rows, rows[:1], begun)
+    assert same(weights(model), weights(policy(tokenizer)))
+
+
 def test_the_log_tells_how_far_a_run_is(
     kind: tuple[Start, Train], job: Job, caplog: pytest.LogCaptureFixture
 ) -> None:
