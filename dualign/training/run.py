@@ -141,6 +141,12 @@ def run(trainer: Any, job: Job) -> Metrics:
     trainer.give_back()
     _drop_copy(trainer.model)
     state: TrainerState = trainer.state
+    if state.max_steps == 1 and job.training.warmup > 0:
+        log.warning(
+            "%s: its one step is of the warm-up, which begins at a learning rate of 0, so nothing"
+            " is learnt; set training.warmup to 0, or train for more steps",
+            job.name,
+        )
     losses = [
         {"step": entry["step"], "loss": entry["loss"]}
         for entry in state.log_history

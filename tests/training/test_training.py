@@ -1136,13 +1136,15 @@ def test_metrics_tell_the_course_of_a_run(
 
 @pytest.mark.parametrize("schedule", ["cosine", "constant"])
 def test_the_first_step_of_a_warm_up_is_at_rate_0(
-    tokenizer: PreTrainedTokenizerBase, job: Job, schedule: str
+    tokenizer: PreTrainedTokenizerBase, job: Job, schedule: str, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """A run of that one alone is told to learn nothing."""
     rows = conversation_rows(tokenizer, 8)
     model = policy(tokenizer)
     begun = changed(job, schedule, max_steps=1, warmup=0.1, schedule=schedule)
     supervised.train_sft(model, tokenizer, rows, rows[:1], begun)
     assert same(weights(model), weights(policy(tokenizer)))
+    assert "training: its one step is of the warm-up" in caplog.text
 
 
 def test_the_log_tells_how_far_a_run_is(
