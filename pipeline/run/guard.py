@@ -5,8 +5,9 @@
 DVC must not be signalled: it would die at once, its stage would train on as an orphan, and its lock
 would stay. So the processes below DVC get SIGTERM and time to write a checkpoint, then SIGKILL; DVC
 sees its command fail, releases its locks and exits. Whoever started the guard holds the other end
-of its standard input, so the same happens when that process is killed. No module of this repository
-is imported, for the start to be quick."""
+of its standard input, so the same happens when that process is killed. A DVC whose command ended
+records the result, which takes minutes for a large model: it is waited for, or hours of training
+would be lost. No module of this repository is imported, for the start to be quick."""
 
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 #: Seconds that a stage has to write a checkpoint. Prefect kills a cancelled flow 30 s after it
 #: asked it to stop.
 GRACE = 20.0
-#: Seconds that DVC has to release its locks once its command has ended.
+#: Seconds that DVC has to end where it has run no command yet: it looks, fetches, or waits.
 RELEASE = 5.0
 
 
@@ -49,7 +50,9 @@ def main(argv: list[str]) -> int:
 
 
 def stop(pid: int) -> None:
-    """End the processes below `pid`, then wait for it to end; kill it only if it does not."""
+    """End the processes below `pid`, then wait for it to end; kill it only if it does not, and has
+    no result to record.
+    """
     import psutil
 
     with contextlib.suppress(psutil.NoSuchProcess):
@@ -59,8 +62,15 @@ def stop(pid: int) -> None:
         psutil.wait_procs(family, timeout=GRACE)
         left = {*family, *_children(parent)}
         _each(left, psutil.Process.kill)
-        if psutil.wait_procs([parent], timeout=RELEASE)[1]:
+        patience = None if _has_run(parent) else RELEASE
+        if psutil.wait_procs([parent], timeout=patience)[1]:
             _each([*_children(parent), parent], psutil.Process.kill)
+
+
+def _has_run(parent: psutil.Process) -> bool:
+    """Whether a process below it has worked and ended. DVC itself starts none but its command."""
+    times = parent.cpu_times()
+    return bool(times.children_user + times.children_system > 0)
 
 
 def _children(parent: psutil.Process) -> list[psutil.Process]:
