@@ -254,10 +254,11 @@ def test_no_door_of_the_pipeline_lets_a_name_in(
         assert main(arguments) == 2, arguments
         told = capsys.readouterr().err
         assert len(told.splitlines()) == 1, told
-    with pytest.raises(
-        PipelineError, match=r"params\.yaml: evaluate\.policies"
-    ):  # what the form of Prefect calls
-        flow.choose(root, "", {"evaluate.policies": policies})
+    with (  # what the form of Prefect calls
+        pytest.raises(PipelineError, match=r"params\.yaml: evaluate\.policies"),
+        flow.chosen(root, "", {"evaluate.policies": policies}),
+    ):
+        pass
     assert (root / "params.yaml").read_text() == before
     repository(root, renamed(whole, "evaluate.policies", name))
     for command in (

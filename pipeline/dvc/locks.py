@@ -108,6 +108,16 @@ def holders(root: Path) -> list[Holder]:
     )
 
 
+def check_free(root: Path) -> None:
+    """Raise PipelineError while a command works here: params.yaml, written anew, would be recorded
+    for its stages, or have them fail at their end.
+    """
+    if (root / RWLOCK).exists():
+        for holder in holders(root):
+            if not holder.killed:
+                raise PipelineError(holder.told)
+
+
 def whole(root: Path) -> str:
     """Who holds the whole workspace for more than a moment, in one line; empty for nobody."""
     with Repo(str(root)) as repo:

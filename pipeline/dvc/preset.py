@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import yaml_text
+from pipeline.dvc import locks
 from pipeline.dvc.overlay import differences, whole
 from pipeline.dvc.parameters import replace_file, span
 from pipeline.errors import PipelineError
@@ -46,8 +47,9 @@ def select(preset: str, data: str | None = None, force: bool = False, root: Path
     relative `data` is relative to `root`.
 
     Raises:
-        PipelineError: no such preset, or one that no stage would take; no such folder; or
-            params.yaml holds the user's own edits and `force` is not set.
+        PipelineError: no such preset, or one that no stage would take; no such folder;
+            params.yaml holds the user's own edits and `force` is not set; or a DVC command works
+            here.
     """
     text = _preset_text(preset, root)
     if data is not None:
@@ -57,6 +59,7 @@ def select(preset: str, data: str | None = None, force: bool = False, root: Path
             )
         text = _with_folder(text, data, preset)
     _validate(text, preset, root)
+    locks.check_free(root)
     target = root / "params.yaml"
     if target.exists() and is_edited(_text(target), root):
         if not force:

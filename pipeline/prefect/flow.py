@@ -32,7 +32,7 @@ from prefect.states import Cancelled, Completed, Failed
 from pydantic import Field
 
 from pipeline import names, yaml_text
-from pipeline.dvc import parameters, preset
+from pipeline.dvc import locks, parameters, preset
 from pipeline.dvc.dag import StageSpec, load_dag
 from pipeline.dvc.plan import StageStatus, one_line, select, with_upstream
 from pipeline.errors import PipelineError, StageFailed, StageStopped, fault
@@ -211,21 +211,17 @@ def alignment(
     try:
         owner = identity.name(root)
         _mark(owner)
-        with exclusive(root) as lock:
-            dag = choose(root, preset, set)
-            asked = select(dag, stages) if stages else list(dag)
-            wanted = with_upstream(dag, asked)
-            runner = LocalRunner(root, lock)
-            with _place(root, dag, runner, jobs, wanted if cluster else None) as place:
-                run = Run(
-                    root,
-                    owner,
-                    dag,
-                    place.statuses(wanted),
-                    frozenset(asked if force else ()),
-                    place,
+        with exclusive(root) as lock, contextlib.ExitStack() as entered:
+            with chosen(root, preset, set) as dag:
+                asked = select(dag, stages) if stages else list(dag)
+                wanted = with_upstream(dag, asked)
+                runner = LocalRunner(root, lock)
+                place = entered.enter_context(
+                    _place(root, dag, runner, jobs, wanted if cluster else None)
                 )
-                return _carry_out(run)
+                statuses = place.statuses(wanted)
+            forced = frozenset(asked if force else ())
+            return _carry_out(Run(root, owner, dag, statuses, forced, place))
     except PipelineError as error:
         return Failed(name=REFUSED, message=str(error))
     except (OSError, UnicodeEncodeError) as error:
@@ -275,33 +271,42 @@ def _carry_out(run: Run) -> State[None]:
     return conclusion(results)
 
 
-def choose(root: Path, preset_name: str, settings: Mapping[str, Any]) -> dict[str, StageSpec]:
-    """Put the preset and the new values into params.yaml; returns the graph that they make.
+@contextlib.contextmanager
+def chosen(
+    root: Path, preset_name: str, settings: Mapping[str, Any]
+) -> Iterator[dict[str, StageSpec]]:
+    """Put the preset and the new values into params.yaml; yields the graph that they make, to
+    whatever else may refuse the run.
 
-    Raises PipelineError, with params.yaml as it was, for a preset, key or value that does not do.
+    Raises PipelineError, with params.yaml as it was, for a preset, key or value that does not do,
+    where a DVC command works here, and where the block refuses.
     """
-    path = root / "params.yaml"
-    written = [path, root / preset.LAST] if preset_name or settings else []
+    written = [root / "params.yaml", root / preset.LAST] if preset_name or settings else []
     before = {place: yaml_text.read(place) for place in written if place.exists()}
     try:
         if preset_name:
             preset.select(preset_name, root=root)
         if settings:
-            text = yaml_text.read(path)
-            changed = parameters.assign(text, settings)
-            names.check(root, changed)
-            preset.check_change(text, changed, root)
-            if not preset.is_edited(
-                text, root
-            ):  # then the new values are not the user's own edits either
-                parameters.replace_file(root / preset.LAST, changed)
-            parameters.replace_file(path, changed)
-        return load_dag(root)
+            _assign(root, settings)
+        yield load_dag(root)
     except (DvcException, PipelineError) as error:
         for place, text in before.items():
             if yaml_text.read(place) != text:
                 parameters.replace_file(place, text)
         raise PipelineError(one_line(error)) from None
+
+
+def _assign(root: Path, settings: Mapping[str, Any]) -> None:
+    """Put new values into params.yaml; raises PipelineError as `chosen` does."""
+    path = root / "params.yaml"
+    text = yaml_text.read(path)
+    changed = parameters.assign(text, settings)
+    names.check(root, changed)
+    preset.check_change(text, changed, root)
+    locks.check_free(root)
+    if not preset.is_edited(text, root):  # then the new values are not the user's own edits either
+        parameters.replace_file(root / preset.LAST, changed)
+    parameters.replace_file(path, changed)
 
 
 def _execute(run: Run) -> None:

@@ -21,6 +21,7 @@ from pipeline.dvc import locks
 from pipeline.dvc.dag import load_dag
 from pipeline.dvc.plan import plan
 from pipeline.errors import PipelineError, StageFailed
+from pipeline.prefect.flow import chosen
 from pipeline.run.runner import LocalRunner, exclusive
 from tests.pipeline.project import Project, environment
 
@@ -61,6 +62,13 @@ def test_a_dvc_at_work_is_told_from_one_that_was_killed(
         " again"
     )
     assert told(project) == {"ok": [], "note": [said], "wrong": []}
+    before = (project.root / "params.yaml").read_text()
+    with (
+        pytest.raises(PipelineError, match=re.escape(said)),
+        chosen(project.root, "", {"last.value": 9}),
+    ):
+        pass
+    assert (project.root / "params.yaml").read_text() == before
     stages = [
         process for process in project.processes() if "work.py" in " ".join(process.cmdline())
     ]

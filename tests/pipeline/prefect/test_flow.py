@@ -20,11 +20,12 @@ from prefect.client.schemas.sorting import FlowRunSort
 from prefect.states import Cancelling
 
 from pipeline.dvc import preset
+from pipeline.dvc.checkout import committed
 from pipeline.dvc.parameters import assign
 from pipeline.errors import PipelineError
 from pipeline.prefect import identity
 from pipeline.prefect.artifacts import key_of
-from pipeline.prefect.flow import alignment, choose
+from pipeline.prefect.flow import alignment, chosen
 from tests.pipeline.project import Project, environment, until
 
 STAGES = ("first", "left", "right", "last")
@@ -298,6 +299,19 @@ def test_an_override_that_breaks_the_graph_is_taken_back(project: Project, serve
     assert params.read_text() == before
 
 
+def test_what_refuses_a_run_later_takes_new_values_back_too(project: Project) -> None:
+    """Files that differ from the commit, say, which workers cannot have."""
+    params = project.root / "params.yaml"
+    before = params.read_text()
+    with (
+        pytest.raises(PipelineError, match="commit them"),
+        chosen(project.root, "", {"left.value": 30}),
+    ):
+        assert '"value": 30' in params.read_text()
+        committed(project.root)
+    assert params.read_text() == before
+
+
 def test_a_refused_preset_makes_no_edit_of_earlier_values(
     tmp_path: Path, repo_root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -312,8 +326,11 @@ def test_a_refused_preset_makes_no_edit_of_earlier_values(
     ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
-    with pytest.raises(PipelineError, match="there is no key sed"):
-        choose(tmp_path, "small", {"sed": 6})
+    with (
+        pytest.raises(PipelineError, match="there is no key sed"),
+        chosen(tmp_path, "small", {"sed": 6}),
+    ):
+        pass
     assert (tmp_path / "params.yaml").read_text() == was_set
     assert not preset.is_edited(was_set, tmp_path)
 
@@ -327,8 +344,11 @@ def test_a_refused_run_leaves_a_file_that_it_did_not_change(
     params.write_bytes(params.read_bytes().replace(b"\n", b"\r\n"))
     before = (params.stat().st_ino, params.read_bytes())
     (project.root / "dvc.lock").write_text("<<<<<<< HEAD\n")
-    with pytest.raises(PipelineError, match=r"dvc\.lock|no key sed"):
-        choose(project.root, "", settings)
+    with (
+        pytest.raises(PipelineError, match=r"dvc\.lock|no key sed"),
+        chosen(project.root, "", settings),
+    ):
+        pass
     assert (params.stat().st_ino, params.read_bytes()) == before
 
 
