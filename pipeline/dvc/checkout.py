@@ -26,6 +26,16 @@ CARRIED = ("params.yaml", "dvc.lock")
 #: two looks.
 PATIENCE = 60.0
 PAUSE = 5.0
+#: Variables by which a hook, or a shell, of git has every command work at one repository or index,
+#: whatever folder it is told.
+ELSEWHERE = (
+    "GIT_DIR",
+    "GIT_WORK_TREE",
+    "GIT_COMMON_DIR",
+    "GIT_INDEX_FILE",
+    "GIT_OBJECT_DIRECTORY",
+    "GIT_PREFIX",
+)
 #: Variables that name folders of what stages keep outside of DVC, and where these lie by default.
 OUTSIDE = {"DUALIGN_SCRATCH": ".scratch", "DUALIGN_TRACKING": "tracking"}
 
@@ -191,11 +201,11 @@ def git(root: Path, *arguments: str) -> str:
 
 
 def asked(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """A git command that may fail, its messages in English."""
-    environment = {**os.environ, "LC_ALL": "C"}
+    """A git command in `root` that may fail, its messages in English."""
+    kept = {name: value for name, value in os.environ.items() if name not in ELSEWHERE}
     return subprocess.run(
         ["git", "-C", str(root), *arguments],
-        env=environment,
+        env={**kept, "LC_ALL": "C"},
         capture_output=True,
         text=True,
         errors="surrogateescape",  # a file's name may be of any encoding

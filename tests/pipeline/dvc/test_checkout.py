@@ -101,6 +101,20 @@ def test_a_tree_shares_cache_remote_and_settings_and_goes(clone: Path) -> None:
     assert not tree.exists() and git(clone, "worktree", "list").count("\n") == 1
 
 
+def test_variables_of_a_hook_of_git_do_not_lead_a_tree_into_the_workspace(
+    clone: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`git add` in the tree of a point staged its params for the next commit of the workspace."""
+    with monkeypatch.context() as hook:
+        hook.setenv("GIT_DIR", str(clone / ".git"))
+        hook.setenv("GIT_INDEX_FILE", ".git/index")
+        with working_tree(clone, committed(clone), "one", logging.log) as (tree, _):
+            write_files(tree, {"params.yaml": "a point's"})
+            checkout.git(tree, "add", "--force", "params.yaml")
+            assert checkout.git(tree, "diff", "--cached", "--name-only") == "params.yaml\n"
+    assert git(clone, "status", "--porcelain") == ""
+
+
 def test_a_commit_that_came_later_is_fetched_and_one_that_is_nowhere_is_told(
     clone: Path, project: Project
 ) -> None:
