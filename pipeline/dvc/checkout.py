@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+from configobj import ConfigObj
 from dvc.repo import Repo
 
 from pipeline.errors import PipelineError
@@ -149,13 +150,14 @@ def _share(root: Path, tree: Path) -> None:
         cache = repo.cache.local.path
         remote = repo.config["core"].get("remote")
         url = str(repo.config["remote"][remote]["url"]) if remote else ""
-    with Repo(str(tree)) as repo, repo.config.edit("local") as settings:
-        settings.setdefault("cache", {})["dir"] = str(Path(cache).parents[1])  # of .../files/md5
-        settings.setdefault("core", {})["site_cache_dir"] = str(
-            tree / ".dvc" / "tmp" / "site"
-        )  # goes with the tree
-        if remote:  # a relative one counts from the clone
-            settings.setdefault("remote", {}).setdefault(remote, {})["url"] = url
+    # DVC reads UTF-8, as folders may be called, but writes ASCII
+    settings = ConfigObj(str(tree / ".dvc" / "config.local"), encoding="utf-8", interpolation=False)
+    settings.setdefault("cache", {})["dir"] = str(Path(cache).parents[1])  # of .../files/md5
+    site = tree / ".dvc" / "tmp" / "site"  # goes with the tree
+    settings.setdefault("core", {})["site_cache_dir"] = str(site)
+    if remote:  # a relative one counts from the clone
+        settings.setdefault(f'remote "{remote}"', {})["url"] = url
+    settings.write()
 
 
 def tracked_files(root: Path, path: str, which: str = "--cached") -> list[str]:

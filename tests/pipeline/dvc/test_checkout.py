@@ -101,6 +101,21 @@ def test_a_tree_shares_cache_remote_and_settings_and_goes(clone: Path) -> None:
     assert not tree.exists() and git(clone, "worktree", "list").count("\n") == 1
 
 
+def test_a_tree_of_a_clone_in_a_folder_of_any_alphabet(clone: Path, tmp_path: Path) -> None:
+    """DVC's own `config` writes ASCII alone."""
+    home = tmp_path / "home/jürgen/日本"
+    home.parent.mkdir(parents=True)
+    clone.parent.rename(home)
+    moved = home / clone.name
+    with (
+        working_tree(moved, committed(moved), "one", logging.log) as (tree, _),
+        Repo(str(tree)) as repo,
+    ):
+        assert Path(repo.cache.local.path) == moved / ".dvc/cache/files/md5"
+        assert Path(repo.config["remote"]["store"]["url"]) == home / "store"
+        assert repo.config["core"]["checksum_jobs"] == 3
+
+
 def test_variables_of_a_hook_of_git_do_not_lead_a_tree_into_the_workspace(
     clone: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
