@@ -42,7 +42,16 @@ OUTSIDE = {"DUALIGN_SCRATCH": ".scratch", "DUALIGN_TRACKING": "tracking"}
 
 
 def committed(root: Path) -> str:
-    """The commit of the workspace; raises PipelineError where files differ from it."""
+    """The commit of the workspace; raises PipelineError where files differ from it, or where it is
+    not that of a whole repository.
+    """
+    around = git(root, "rev-parse", "--show-prefix", "--show-superproject-working-tree")
+    if around.strip():  # its trees would hold more than this folder, or DVC would not work in them
+        raise PipelineError(
+            f"{root} is a folder or a submodule of another git repository, and points and workers"
+            " need working trees of its own commits; git clone it elsewhere, or give it a"
+            " repository of its own"
+        )
     changed = [
         line[3:]
         for line in git(root, "status", "--porcelain").splitlines()

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import logging
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -99,6 +100,18 @@ def test_a_tree_shares_cache_remote_and_settings_and_goes(clone: Path) -> None:
         with pytest.raises(PipelineError, match="not a path in the repository"):
             write_files(tree, {"../../../../escaped": ""})
     assert not tree.exists() and git(clone, "worktree", "list").count("\n") == 1
+
+
+def test_a_part_of_another_repository_is_told(clone: Path, tmp_path: Path) -> None:
+    """A folder's own params.yaml would count as an edit, and its trees would lack it at the top; in
+    the working trees of a submodule DVC stops."""
+    git(tmp_path, "init", "-q", "around")
+    around = tmp_path / "around"
+    git(around, "-c", "protocol.file.allow=always", "submodule", "-q", "add", str(clone), "module")
+    shutil.copytree(clone / ".dvc", around / "folder/.dvc", ignore=shutil.ignore_patterns("tmp"))
+    for part in ("module", "folder"):
+        with pytest.raises(PipelineError, match=f"{part} is a folder or a submodule of another"):
+            committed(around / part)
 
 
 def test_a_tree_of_a_clone_in_a_folder_of_any_alphabet(clone: Path, tmp_path: Path) -> None:
