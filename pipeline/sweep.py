@@ -229,10 +229,11 @@ def _is_current(tree: Path, dag: Mapping[str, StageSpec], stages: Sequence[str])
 
 
 def fetched(tree: Path, wanted: Sequence[StageSpec]) -> bool:
-    """Put the metrics of stages into a tree; False where they are to be had nowhere any more."""
+    """Put the metrics of stages into a tree; False, and a warning why, where they cannot be had."""
     try:
         fetch(tree, [path for spec in wanted for path in spec.metrics])
-    except DvcException:
+    except DvcException as error:
+        log.warning("%s", one_line(error))
         return False
     return True
 

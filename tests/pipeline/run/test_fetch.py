@@ -55,3 +55,11 @@ def test_what_is_asked_for_arrives_or_is_told_and_nothing_else_changes(pushed: P
             file.unlink()
     with pytest.raises(StageFailed, match="out/right"):
         pull(root, "out/right")
+
+
+def test_what_a_remote_lacks_here_is_told(pushed: Project) -> None:
+    """A worker without the package of its kind of storage: what DVC raises then is none of its own
+    errors."""
+    pushed.dvc("config", "remote.store.url", "hdfs://nowhere/store")
+    with pytest.raises(StageFailed, match=r"the DVC remote does not do: .*'dvc-hdfs'"):
+        pull(pushed.root, "out/right")
