@@ -28,6 +28,7 @@ from pipeline import names, yaml_text
 from pipeline.dvc import inputs, records
 from pipeline.dvc.checkout import (
     CARRIED,
+    asked,
     check_identity,
     committed,
     git,
@@ -209,7 +210,7 @@ def _run(
             there = [path for path in spec.metrics if (tree / path).is_file()]
             point.files |= {path: (tree / path).read_text() for path in there}
         if point.end in GOOD:
-            _save(tree, commit, point.name)
+            save_point(tree, commit, point.name)
 
 
 def _recorded(root: Path, name: str) -> dict[str, str]:
@@ -263,7 +264,7 @@ def _followed(command: Sequence[str], tree: Path, environment: Mapping[str, str]
     return process.returncode
 
 
-def _save(tree: Path, commit: str, name: str) -> None:
+def save_point(tree: Path, commit: str, name: str) -> None:
     """Keep params and records as a DVC experiment of the commit: a commit on it under the ref that
     DVC looks for.
 
@@ -274,7 +275,16 @@ def _save(tree: Path, commit: str, name: str) -> None:
     saved = git(
         tree, "commit-tree", made, "-p", commit, "-m", f"dvc: commit experiment {name}"
     ).strip()
-    git(tree, "update-ref", str(ExpRefInfo(commit, name)), saved)
+    ref = str(ExpRefInfo(commit, name))
+    before = asked(tree, "rev-parse", "--verify", "--quiet", ref).stdout.strip()
+    if before and git(tree, "rev-parse", f"{before}^{{tree}}").strip() != made:
+        log.warning(
+            "%s: replaces its experiment of other params or results; to keep that one too, git"
+            " branch NAME %s",
+            name,
+            before[:10],
+        )
+    git(tree, "update-ref", ref, saved)
 
 
 def table(points: Sequence[Point], patterns: Sequence[str]) -> list[list[str]]:

@@ -8,12 +8,14 @@ import os
 from pathlib import Path
 
 import pytest
+from dvc.repo.experiments.refs import ExpRefInfo
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.sorting import FlowRunSort
 
 from pipeline.__main__ import main
+from pipeline.dvc.checkout import committed
 from pipeline.errors import PipelineError
-from pipeline.sweep import Point, grid, table, unmatched
+from pipeline.sweep import Point, grid, save_point, table, unmatched
 from tests.pipeline.project import Project, git
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -152,6 +154,27 @@ def test_a_sweep_leaves_the_workspace_alone_and_its_points_as_experiments(
         for row in entry["revs"]
     }
     assert kept["first.value=8"]["metrics"]["metrics-first.json"]["data"]["accuracy"]["mean"] == 8
+
+
+def test_an_experiment_of_other_params_is_not_replaced_without_a_word(
+    project: Project, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A point's name says what it sets, and not what params.yaml held beside."""
+    git(project.root, "add", ".")
+    git(project.root, "commit", "-qm", "first")
+    commit = committed(project.root)
+    (project.root / "dvc.lock").write_text("{}")
+    ref = str(ExpRefInfo(commit, "left.value=5"))
+    save_point(project.root, commit, "left.value=5")
+    before = git(project.root, "rev-parse", ref).strip()
+    save_point(project.root, commit, "left.value=5")
+    assert not caplog.records
+    project.set(right={"value": 9})
+    save_point(project.root, commit, "left.value=5")
+    (told,) = caplog.messages
+    assert told.startswith("left.value=5: replaces") and told.endswith(
+        f"git branch NAME {before[:10]}"
+    )
 
 
 def test_a_sweep_is_refused_before_anything_runs(
