@@ -59,7 +59,7 @@ def _resolved(repo: Repo, name: str) -> str:
     except RevError:
         raise PipelineError(
             f"{name}: neither a revision of git nor an experiment; `git log` and `dvc exp list`"
-            " name them"
+            f" name them{_cut(Path(repo.root_dir))}"
         ) from None
 
 
@@ -74,7 +74,14 @@ def _last_other(root: Path) -> str:
     raise PipelineError(
         "no commit has the results of another run; commit a run before the next one (git add"
         " params.yaml dvc.lock && git commit -m 'A run'), or name a revision or an experiment"
+        f"{_cut(root)}"
     )
+
+
+def _cut(root: Path) -> str:
+    """What to do, after a semicolon, where a clone holds the newest commits alone; else empty."""
+    shallow = asked(root, "rev-parse", "--is-shallow-repository").stdout.strip() == "true"
+    return "; this clone is shallow, git fetch --unshallow brings older commits" if shallow else ""
 
 
 def _lock(root: Path, commit: str) -> str:

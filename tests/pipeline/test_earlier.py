@@ -125,6 +125,14 @@ def test_what_cannot_be_had_is_told_and_nothing_is_replaced(
     assert (root / KEPT).read_text() == before
 
 
+def test_a_shallow_clone_may_lack_what_is_asked_for(committed: Project) -> None:
+    root = committed.root
+    (root / ".git/shallow").write_text(git(root, "rev-parse", "HEAD"))
+    for revision in (None, "HEAD~1"):
+        with pytest.raises(PipelineError, match="git fetch --unshallow brings older commits"):
+            keep(root, revision)
+
+
 def test_half_a_merge_in_dvc_lock_is_told_and_one_of_an_earlier_commit_is_passed_over(
     committed: Project, capsys: pytest.CaptureFixture[str]
 ) -> None:
