@@ -72,6 +72,7 @@ class Point:
         """`beta=0.1,constraint.limit=-0.5`, without what git forbids in a name."""
         text = ",".join(f"{key}={json.dumps(value)}" for key, value in self.settings.items())
         name = re.sub(r"\.{2,}|[^\w.,=+-]+", "-", text).strip(".-")
+        name = re.sub(r"\.lock$", "-lock", name)
         if len(name.encode()) <= LONGEST:
             return name
         cut = name.encode()[: LONGEST - 9].decode(errors="ignore")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,14 @@ def test_a_name_fits_into_that_of_a_file_and_stays_its_own() -> None:
     many = [f"a=[{'x, ' * 100}{last}]" for last in "yz"]
     names = [grid([one])[0].name for one in many]
     assert all(len(name) < 250 for name in names) and names[0] != names[1]
+
+
+@pytest.mark.parametrize("value", ["uv.lock", "a..b", ".x.", "a@{b", "~^:?*[\\\\", "ü/日本", "-"])
+def test_git_takes_every_name(value: str) -> None:
+    """It was asked after the run, and refused one that ends in `.lock`."""
+    (point,) = grid([f"a={json.dumps(value)}"])
+    ref = str(ExpRefInfo("0" * 40, point.name))
+    assert subprocess.run(["git", "check-ref-format", ref], check=False).returncode == 0
 
 
 def test_a_table_shows_what_differs_or_what_is_asked_for() -> None:
