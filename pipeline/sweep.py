@@ -273,18 +273,19 @@ def save_point(tree: Path, commit: str, name: str) -> None:
     """
     git(tree, "add", "--force", "params.yaml", "dvc.lock")
     made = git(tree, "write-tree").strip()
-    saved = git(
-        tree, "commit-tree", made, "-p", commit, "-m", f"dvc: commit experiment {name}"
-    ).strip()
     ref = str(ExpRefInfo(commit, name))
     before = asked(tree, "rev-parse", "--verify", "--quiet", ref).stdout.strip()
-    if before and git(tree, "rev-parse", f"{before}^{{tree}}").strip() != made:
+    if before and git(tree, "rev-parse", f"{before}^{{tree}}").strip() == made:
+        return
+    if before:
         log.warning(
             "%s: replaces its experiment of other params or results; to keep that one too, git"
             " branch NAME %s",
             name,
             before[:10],
         )
+    message = f"dvc: commit experiment {name}"
+    saved = git(tree, "commit-tree", made, "-p", commit, "-m", message).strip()
     git(tree, "update-ref", ref, saved)
 
 

@@ -177,7 +177,7 @@ def test_an_experiment_of_other_params_is_not_replaced_without_a_word(
     save_point(project.root, commit, "left.value=5")
     before = git(project.root, "rev-parse", ref).strip()
     save_point(project.root, commit, "left.value=5")
-    assert not caplog.records
+    assert not caplog.records and git(project.root, "rev-parse", ref).strip() == before
     project.set(right={"value": 9})
     save_point(project.root, commit, "left.value=5")
     (told,) = caplog.messages
