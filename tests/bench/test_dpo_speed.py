@@ -70,6 +70,7 @@ def test_results_are_named_for_what_is_unusual() -> None:
     assert dpo_speed._changed(Settings(precision="bf16", against="parts")) == ["parts", "bf16"]
 
 
+@pytest.mark.bench
 @pytest.mark.slow
 @pytest.mark.parametrize("against", ["trl", "parts"])
 def test_all_sides_take_the_same_steps(

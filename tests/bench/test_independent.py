@@ -272,6 +272,7 @@ def small_params(source: Path, target: Path) -> None:
         YAML().dump(content, file)
 
 
+@pytest.mark.bench
 @pytest.mark.slow
 def test_the_command_runs_is_taken_up_and_tells_no_folder(
     repo_root: Path,

@@ -30,6 +30,7 @@ def test_a_stage_that_is_killed_ends_with_the_same_bytes_when_it_is_run_again(wo
     assert "| all (KILL) | 2 |" in (work / "kills.md").read_text()
 
 
+@pytest.mark.bench
 @pytest.mark.slow
 def test_a_stage_whose_worker_is_killed_goes_to_the_next_and_ends_with_the_same_bytes(
     work: Path, monkeypatch: pytest.MonkeyPatch

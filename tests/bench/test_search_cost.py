@@ -320,6 +320,7 @@ def test_the_first_policy_is_that_of_the_stage(scored: Scored) -> None:
     ).read_bytes() == stage.read_bytes() and seconds > 0
 
 
+@pytest.mark.bench
 def test_the_command_writes_a_page_of_all_rows(
     scored: Scored, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
