@@ -295,9 +295,7 @@ def table(points: Sequence[Point], patterns: Sequence[str]) -> list[list[str]]:
     `patterns` chooses metrics, as in `policies.*.cost.mean`; without one, a few, those in which
     points differ if any."""
     keys = list(points[0].settings)
-    metrics = list(
-        dict.fromkeys(key for point in points for key in point.metrics if _numbers(points, key))
-    )
+    metrics = _measured(points)
     if patterns:
         shown = [key for key in metrics if _matches(key, patterns)]
     else:
@@ -312,12 +310,12 @@ def table(points: Sequence[Point], patterns: Sequence[str]) -> list[list[str]]:
 
 def unmatched(points: Sequence[Point], patterns: Sequence[str]) -> list[str]:
     """A line for each pattern that chooses no metric of these points."""
-    numbers = [key for point in points for key in point.metrics if _numbers(points, key)]
+    metrics = _measured(points)
     return [
         f"--metric {pattern}: no number among the metrics of these runs; `dvc metrics show` lists"
         " what there is"
         for pattern in patterns
-        if not fnmatch.filter(numbers, pattern)
+        if not fnmatch.filter(metrics, pattern)
     ]
 
 
@@ -327,6 +325,12 @@ def _told(value: Any) -> str:
 
 def _matches(key: str, patterns: Sequence[str]) -> bool:
     return any(fnmatch.fnmatchcase(key, pattern) for pattern in patterns)
+
+
+def _measured(points: Sequence[Point]) -> list[str]:
+    """The metrics that are a number in any point, each once."""
+    names = dict.fromkeys(key for point in points for key in point.metrics)
+    return [name for name in names if _numbers(points, name)]
 
 
 def _numbers(points: Sequence[Point], key: str) -> list[float]:

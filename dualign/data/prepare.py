@@ -206,7 +206,7 @@ def _gather(kind: Kind, params: PrepareParams, spool: Spool, ledger: Ledger) -> 
 
 def _examined(record: Usable, kind: Kind, params: PrepareParams) -> Usable | Rejected | Skipped:
     """The record, or why it is rejected."""
-    answers = [answer for answer in (record.chosen, record.rejected) if answer is not None]
+    answers = _answers(record)
     prompt = schema.characters(record.prompt)
     longest = max(map(len, answers))
     if not all(turn["content"] for turn in record.prompt):
@@ -234,11 +234,15 @@ def _examined(record: Usable, kind: Kind, params: PrepareParams) -> Usable | Rej
     return record
 
 
+def _answers(record: Usable) -> list[str]:
+    """The one answer of a demonstration, or both of a pair."""
+    return [answer for answer in (record.chosen, record.rejected) if answer is not None]
+
+
 def _echoes(record: Usable) -> bool:
     """Whether all answers begin with the question, as in files of whole texts."""
-    answers = [answer for answer in (record.chosen, record.rejected) if answer is not None]
     question = schema.last_user_text(record.prompt)
-    return all(answer.startswith(question) for answer in answers)
+    return all(answer.startswith(question) for answer in _answers(record))
 
 
 def _rejected(record: Usable, reason: str, detail: str) -> Rejected:

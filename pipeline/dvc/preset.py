@@ -25,6 +25,7 @@ from typing import Any
 
 from pipeline import yaml_text
 from pipeline.dvc import locks
+from pipeline.dvc.checkout import asked
 from pipeline.dvc.overlay import differences, whole
 from pipeline.dvc.parameters import replace_file, span
 from pipeline.errors import PipelineError
@@ -162,10 +163,8 @@ def _presets(root: Path) -> list[Path]:
 
 def _committed(root: Path) -> str | None:
     """params.yaml as of the last commit; None outside of git, or where no commit has it."""
-    shown = subprocess.run(
-        ["git", "show", "HEAD:./params.yaml"], cwd=root, capture_output=True, check=False
-    )
-    return shown.stdout.decode(errors="replace") if shown.returncode == 0 else None
+    shown = asked(root, "show", "HEAD:./params.yaml")
+    return shown.stdout if shown.returncode == 0 else None
 
 
 def is_edited(text: str, root: Path) -> bool:

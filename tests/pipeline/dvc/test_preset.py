@@ -176,6 +176,21 @@ def test_default_is_the_last_commit(root: Path) -> None:
     assert params(root) == LARGE
 
 
+def test_default_is_that_of_this_repository_whatever_a_hook_of_git_names(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = root / "other"
+    other.mkdir()
+    (other / "params.yaml").write_text("seed: 1\n")
+    git(other, "init")
+    git(other, "add", ".")
+    git(other, "commit", "-m", "first")
+    select("small-cpu", root=root)
+    monkeypatch.setenv("GIT_DIR", str(other / ".git"))
+    select("default", root=root)
+    assert params(root) == DEFAULT
+
+
 def test_params_may_be_absent(root: Path) -> None:
     (root / "params.yaml").unlink()
     select("small-cpu", root=root)
