@@ -6,8 +6,9 @@
 #     make test PYTHON=python
 # Tests run in one process more than there are cores, since some of them wait, up to four; another number:
 #     make test JOBS=1
-# A machine without a GPU can take PyTorch's smaller build:
+# A machine without a GPU can take PyTorch's smaller build, by pip or by uv, which is used where it is there:
 #     PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make env
+#     UV_TORCH_BACKEND=cpu make env
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -27,6 +28,7 @@ endif
 SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))
 FOUND = $(shell for python in python3.11 python3.12 python3.13 python3 python; do \
     if $$python -c '$(SUPPORTED)' 2>/dev/null; then echo $$python; break; fi; done)
+COMMA := ,
 NONE := { echo 'make env: found no Python 3.11, 3.12 or 3.13; install one, or uv' >&2; exit 1; }
 
 # pip of that environment, or uv where there is one.
@@ -48,8 +50,8 @@ env: $(ENV) ## make .venv and install dualign with its test and development tool
 .venv/.installed: pyproject.toml constraints.txt
 	@echo 'installing into .venv; the first time takes some minutes'
 	@if command -v uv >/dev/null; then \
-	    [ -x .venv/bin/python ] || uv venv --quiet --python '>=3.11,<3.14' .venv; \
-	    uv pip install --quiet --python .venv/bin/python -e '.[test,dev]' -c constraints.txt; \
+	    [ -x .venv/bin/python ] || uv venv --quiet --python '$(or $(FOUND),>=3.11$(COMMA)<3.14)' .venv; \
+	    uv pip install --quiet --compile-bytecode --python .venv/bin/python -e '.[test,dev]' -c constraints.txt; \
 	else \
 	    [ -x .venv/bin/pip ] || $(if $(FOUND),$(FOUND) -m venv --clear .venv,$(NONE)); \
 	    .venv/bin/python -m pip install --quiet -e '.[test,dev]' -c constraints.txt; \
