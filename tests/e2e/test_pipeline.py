@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -99,14 +100,16 @@ def read(path: Path) -> Any:
     return YAML(typ="safe").load(path.read_text())
 
 
-def environment() -> dict[str, str]:
+def environment(python: Path | None = None) -> dict[str, str]:
     """The environment of a stage: this interpreter first on PATH, because dvc.yaml says
-    `python`.
+    `python`; before it the folder of another, if that is given.
     """
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    folders = [Path(sys.executable).parent, os.environ["PATH"]]
+    if python is not None:
+        folders.insert(0, python)
     return {
         **os.environ,
-        "PATH": path,
+        "PATH": os.pathsep.join(map(str, folders)),
         "DVC_NO_ANALYTICS": "1",
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
@@ -115,18 +118,17 @@ def environment() -> dict[str, str]:
 
 def run(root: Path, *argv: str, python: Path | None = None) -> subprocess.CompletedProcess[str]:
     """Run a command that must succeed; with the `python` of a folder, if that is given."""
-    own = environment()
-    if python is not None:
-        own["PATH"] = f"{python}{os.pathsep}{own['PATH']}"
+    own = environment(python)
     done = subprocess.run(argv, cwd=root, env=own, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done
 
 
-def fails(root: Path, *argv: str) -> str:
+def fails(root: Path, python: Path, *argv: str) -> str:
     """Run a stage that must refuse: exit 2, one line of error. Returns the line."""
+    own = environment(python)
     done = subprocess.run(
-        [sys.executable, "-m", *argv], cwd=root, env=environment(), capture_output=True, text=True
+        ["python", "-m", *argv], cwd=root, env=own, capture_output=True, text=True
     )
     assert done.returncode == 2, done.stderr[-3000:]
     errors = [line for line in done.stderr.splitlines() if " E " in line]
@@ -135,12 +137,18 @@ def fails(root: Path, *argv: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The folder of a `python` that has imported the libraries."""
+    with warm(tmp_path_factory.mktemp("warm")) as folder:
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, python: Path) -> Path:
     """A repository in which `dvc repro` has run to the end."""
     root = tmp_path_factory.mktemp("repository")
     copy_repository(root)
-    with warm(tmp_path_factory.mktemp("warm")) as python:
-        run(root, sys.executable, "-m", "dvc", "repro", python=python)
+    run(root, sys.executable, "-m", "dvc", "repro", python=python)
     return root
 
 
@@ -296,7 +304,7 @@ def test_a_second_run_does_nothing(finished: Path) -> None:
     ],
 )
 def test_a_killed_stage_goes_on_and_ends_with_the_same_bytes(
-    finished: Path, stage: tuple[str, ...]
+    finished: Path, python: Path, stage: tuple[str, ...]
 ) -> None:
     folder = f"aligned/{stage[1]}" if stage[0] == "dual_search" else "/".join(stage)
     weights = finished / "models" / folder / "model.safetensors"
@@ -313,19 +321,19 @@ def test_a_killed_stage_goes_on_and_ends_with_the_same_bytes(
     process.send_signal(signal.SIGKILL)
     process.wait()
     weights.unlink()
-    resumed = run(finished, sys.executable, "-m", f"stages.{stage[0]}", *stage[1:])
+    resumed = run(finished, "python", "-m", f"stages.{stage[0]}", *stage[1:], python=python)
     assert "resuming" in resumed.stderr
     assert weights.read_bytes() == expected
 
 
 @pytest.mark.slow
-def test_bad_input_is_refused_in_one_line(finished: Path) -> None:
-    assert "did you mean" in fails_with(finished, "constraint.limit", "constraint.limt")
-    assert "nobody" in fails(finished, "stages.evaluate", "nobody")
-    assert "nobody" in fails(finished, "stages.dual_search", "nobody")
+def test_bad_input_is_refused_in_one_line(finished: Path, python: Path) -> None:
+    assert "did you mean" in fails_with(finished, python, "constraint.limit", "constraint.limt")
+    assert "nobody" in fails(finished, python, "stages.evaluate", "nobody")
+    assert "nobody" in fails(finished, python, "stages.dual_search", "nobody")
 
 
-def fails_with(root: Path, key: str, typo: str) -> str:
+def fails_with(root: Path, python: Path, key: str, typo: str) -> str:
     """The error of `prepare` when a key is misspelt; the params file is put back."""
     path = root / "params.yaml"
     before = path.read_text()
@@ -333,7 +341,7 @@ def fails_with(root: Path, key: str, typo: str) -> str:
     new = typo.rpartition(".")[2]
     path.write_text(before.replace(f"{old}:", f"{new}:", 1))
     try:
-        return fails(root, "stages.prepare")
+        return fails(root, python, "stages.prepare")
     finally:
         path.write_text(before)
 
