@@ -50,17 +50,18 @@ def frozen(
     return made
 
 
-def shared(model: Any) -> Any:
-    """A copy of a model whose frozen weights have the same storage. Moving or casting them leaves
-    the other as it is; arithmetic in place changes both.
+def shared(model: Any, trained: bool = False) -> Any:
+    """A copy of a model whose frozen weights have the same storage, and if `trained` its other
+    weights too. Moving, casting or cutting them leaves the other as it is; arithmetic in place
+    changes both.
     """
     memo: dict[int, Any] = {}
     for weight in model.parameters():
         state = getattr(weight, "quant_state", None)
         if state is not None:  # in 4 bits, beside which lies what they stand for
             memo |= {id(weight): weight, id(state): state}
-        elif not weight.requires_grad:
-            memo[id(weight)] = torch.nn.Parameter(weight.detach(), requires_grad=False)
+        elif trained or not weight.requires_grad:
+            memo[id(weight)] = torch.nn.Parameter(weight.detach(), weight.requires_grad)
     return copy.deepcopy(model, memo)
 
 

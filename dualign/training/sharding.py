@@ -1,18 +1,20 @@
 """Training on shards of a model (FSDP2): each process holds a part of weights, gradients and
 optimiser, as torch's `fully_shard` lays them out through accelerate.
 
-What is trained is a copy, so that the model of the caller stays whole: it samples, scores and is
-saved as ever, and has the trained weights in the end."""
+What is trained is a twin, so that the model of the caller stays whole: it samples, scores and is
+saved as ever, and has the trained weights in the end. Meanwhile it lies in host memory, and the
+twin is cut from there layer by layer: no device ever holds all of it."""
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch.distributed.tensor import DTensor
+
+from dualign.lm.frozen import shared
 
 #: What trainers write into a model's configuration for themselves. By it others read the policy
 #: later, so that it stays the base's.
@@ -28,7 +30,7 @@ def fsdp_arguments() -> dict[str, Any]:
 
 
 class Sharding:
-    """A base of trainers that train a copy of the model where it is sharded."""
+    """A base of trainers that train a twin of the model where it is sharded."""
 
     model: Any
     args: Any
@@ -38,10 +40,11 @@ class Sharding:
         if args.fsdp:  # or accelerate would go by the layers of the model before
             AcceleratorState._reset_state()
         held = not isinstance(model, str)  # or the parent reads it, for itself alone
-        trained = copy.deepcopy(model) if args.fsdp and held else model
-        if trained is not model:
+        trained = model
+        if args.fsdp and held:
             self._home = model.device
             model.to("cpu")  # until it is given back
+            trained = shared(model, trained=True)  # until it is cut
         before = _settings(trained) if held else []
         parent: Any = super()
         parent.__init__(trained, *given, args=args, **options)
@@ -62,6 +65,12 @@ class Sharding:
             state.distributed_type = DistributedType.FSDP
             state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
         self.is_fsdp_enabled = False
+
+    def _move_model_to_device(self, model: Any, device: torch.device) -> None:
+        """As `Trainer` does, but where the model is to be cut, which moves it layer by layer."""
+        if not self.args.fsdp:
+            parent: Any = super()
+            parent._move_model_to_device(model, device)
 
     def give_back(self) -> None:
         """Put the trained weights into the model as it was passed."""

@@ -181,3 +181,20 @@ def test_a_copy_of_a_policy_has_adapters_of_its_own_alone(
         weight.data += 1.0
     assert torch.equal(logits(policy), before) and not torch.equal(logits(copied), before)
     assert not places(copy.deepcopy(policy)) & places(policy)
+
+
+def test_a_copy_to_be_cut_holds_no_weight_of_its_own(
+    base: Path, tokenizer: PreTrainedTokenizerBase, resources: Resources
+) -> None:
+    policy = models.load_policy(adapter(base, tokenizer, resources, 1), resources)
+    adapters = [weight for name, weight in policy.named_parameters() if "lora_" in name]
+    for weight in adapters:
+        weight.requires_grad_()
+    copied = shared(policy, trained=True)
+    for one, other in zip(policy.parameters(), copied.parameters(), strict=True):
+        assert one is not other and one.data_ptr() == other.data_ptr()
+        assert one.requires_grad == other.requires_grad
+    before = logits(policy)
+    for weight in copied.parameters():
+        weight.data = weight.data[:1].clone()
+    assert torch.equal(logits(policy), before)
