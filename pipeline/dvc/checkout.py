@@ -37,6 +37,13 @@ ELSEWHERE = (
     "GIT_OBJECT_DIRECTORY",
     "GIT_PREFIX",
 )
+#: Settings for every command: a clone's hooks are about the work of people (`dvc install` has git
+#: check out outputs in every new tree), and what git prints must not hang on somebody's taste.
+SETTINGS = {
+    "core.hooksPath": os.devnull,
+    "log.showSignature": "false",
+    "status.showUntrackedFiles": "normal",
+}
 #: Variables that name folders of what stages keep outside of DVC, and where these lie by default.
 OUTSIDE = {"DUALIGN_SCRATCH": ".scratch", "DUALIGN_TRACKING": "tracking"}
 
@@ -214,8 +221,9 @@ def git(root: Path, *arguments: str) -> str:
 def asked(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """A git command in `root` that may fail, its messages in English."""
     kept = {name: value for name, value in os.environ.items() if name not in ELSEWHERE}
+    settings = [word for pair in SETTINGS.items() for word in ("-c", "=".join(pair))]
     return subprocess.run(
-        ["git", "-C", str(root), *arguments],
+        ["git", "-C", str(root), *settings, *arguments],
         env={**kept, "LC_ALL": "C"},
         capture_output=True,
         text=True,

@@ -143,6 +143,30 @@ def test_variables_of_a_hook_of_git_do_not_lead_a_tree_into_the_workspace(
     assert git(clone, "status", "--porcelain") == ""
 
 
+def test_hooks_and_settings_of_somebodys_git_change_nothing(clone: Path) -> None:
+    """`dvc install` makes a hook that checks out outputs in every new tree, and failed there; with
+    `log.showSignature` a date begins with what gpg says.
+    """
+    hook = clone / ".git/hooks/post-checkout"
+    hook.write_text("#!/bin/sh\nexit 1\n")
+    hook.chmod(0o755)
+    git(clone, "config", "status.showUntrackedFiles", "no")
+    with working_tree(clone, committed(clone), "one", logging.log) as (tree, _):
+        assert (tree / "work.py").exists()
+    (clone / "helper.py").write_text("# that stages import\n")
+    with pytest.raises(PipelineError, match=r"first helper\.py"):
+        committed(clone)
+
+    git(clone, "config", "log.showSignature", "true")
+    raw = git(clone, "cat-file", "commit", "HEAD")
+    author, message = raw.split("\n\n", 1)
+    signature = "gpgsig -----BEGIN SSH SIGNATURE-----\n none\n -----END SSH SIGNATURE-----"
+    signed = f"{author}\n{signature}\n\n{message}"
+    (clone / "signed").write_text(signed)
+    made = git(clone, "hash-object", "-t", "commit", "-w", "signed").strip()
+    assert checkout.git(clone, "show", "-s", "--format=%ct", made).strip().isdigit()
+
+
 def test_a_commit_that_came_later_is_fetched_and_one_that_is_nowhere_is_told(
     clone: Path, project: Project
 ) -> None:
