@@ -151,10 +151,10 @@ def _has(root: Path, commit: str) -> bool:
 
 
 def _remove(root: Path, tree: Path) -> None:
+    """Remove a tree, and what git knows of it; `prune` forgets those on a disk that is away."""
     shutil.rmtree(tree, ignore_errors=True)
-    # git holds a tree locked while it makes it, and for ever if it is killed then.
-    asked(root, "worktree", "unlock", str(tree))
-    git(root, "worktree", "prune")
+    # Twice, for git holds a tree locked while it makes it, and for ever if it is killed then.
+    asked(root, "worktree", "remove", "--force", "--force", str(tree))
 
 
 def _share(root: Path, tree: Path) -> None:

@@ -167,6 +167,16 @@ def test_hooks_and_settings_of_somebodys_git_change_nothing(clone: Path) -> None
     assert checkout.git(clone, "show", "-s", "--format=%ct", made).strip().isdigit()
 
 
+def test_trees_of_others_on_a_disk_that_is_away_stay(clone: Path, tmp_path: Path) -> None:
+    own = tmp_path / "mine"
+    git(clone, "worktree", "add", "-q", "--detach", str(own))
+    away = own.rename(tmp_path / "unmounted")
+    with working_tree(clone, committed(clone), "one", logging.log):
+        pass
+    away.rename(own)
+    assert git(own, "status", "--porcelain") == ""
+
+
 def test_a_commit_that_came_later_is_fetched_and_one_that_is_nowhere_is_told(
     clone: Path, project: Project
 ) -> None:
