@@ -28,7 +28,7 @@ from dualign.certify.candidates import (
 from dualign.certify.certificate import Certificate, Origin, Terms
 from dualign.certify.evidence import Evidence
 from dualign.certify.requirement import Requirement
-from dualign.core.artifacts import replacing, write_json
+from dualign.core.artifacts import copy_folder, replacing, write_json
 from dualign.core.records import (
     CandidateTest,
     Certified,
@@ -107,7 +107,7 @@ def main(run: Run[CertifyParams]) -> None:
         if issued.returned is None:
             policy.mkdir()
         else:
-            shutil.copytree(evidence.policy(issued.returned), policy)
+            copy_folder(evidence.policy(issued.returned), policy)
         (policy / "README.md").write_text(card(issued))
     run.metrics(as_row(describe(issued, row, evidence)))
     finished(scratch)

@@ -147,6 +147,14 @@ def _rename(new: Path, path: Path) -> None:
         raise
 
 
+def copy_folder(folder: Path, out: Path, leave: Sequence[str] = ()) -> None:
+    """Copy a folder to `out`, which must not exist, without the files of some patterns. The copies
+    can be written, unlike files that DVC has linked to its cache.
+    """
+    ignored = shutil.ignore_patterns(*leave)
+    shutil.copytree(folder, out, ignore=ignored, copy_function=shutil.copyfile)
+
+
 def listed(folder: Path, pattern: str) -> list[Path]:
     """What a pattern finds in a folder, in order, without what is hidden or half written."""
     paths = sorted(folder.glob(pattern))

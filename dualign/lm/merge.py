@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from dualign.core.artifacts import listed, replacing
+from dualign.core.artifacts import copy_folder, listed, replacing
 from dualign.core.errors import ModelError
 from dualign.core.records import AdapterConfig, as_row, read_record
 from dualign.lm.folders import ADAPTER, adapter_in
@@ -35,11 +35,7 @@ def merge(first: Path, second: Path, q: float, out: Path) -> None:
             f"{first} and {second}: one is an adapter and the other a full model; train both alike"
         )
     with replacing(out) as folder:
-        shutil.copytree(
-            first,
-            folder,
-            ignore=shutil.ignore_patterns("*.safetensors", "*.index.json", "README.md", ADAPTER),
-        )
+        copy_folder(first, folder, ["*.safetensors", "*.index.json", "README.md", ADAPTER])
         (_merge_adapters if adapters[0] else _merge_weights)(first, second, q, folder)
 
 
@@ -49,7 +45,7 @@ def _merge_weights(first: Path, second: Path, q: float, out: Path) -> None:
     _same(left, right, first, second)
     mixed = {name: _mixed(left[name], right[name], q) for name in left}
     if any(mixed[name].dtype != left[name].dtype for name in left):
-        shutil.copy(second / "config.json", out)  # which names the wider type
+        shutil.copyfile(second / "config.json", out / "config.json")  # which names the wider type
     save_file(mixed, out / "model.safetensors", metadata={"format": "pt"})
 
 

@@ -5,7 +5,6 @@ mixing the next-token distributions would be another policy."""
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dualign.core.artifacts import write_json
+from dualign.core.artifacts import copy_folder, write_json
 from dualign.core.errors import DataError, ModelError
 from dualign.core.names import NAME, shown
 from dualign.core.records import Record, as_row, read_record
@@ -102,7 +101,7 @@ def write_mixture(policies: Sequence[str | Path], lams: Sequence[float], out: Pa
     """Copy policies to folder `out` as a mixture in equal parts; `lams` are their multipliers."""
     names = [f"component-{k}" for k in range(len(policies))]
     for name, policy in zip(names, policies, strict=True):
-        shutil.copytree(policy, out / name)
+        copy_folder(Path(policy), out / name)
     weights = [1 / len(names)] * len(names)
     recipe = Recipe(weights=weights, components=names, lambdas=list(lams))
     write_json(out / MIXTURE, as_row(recipe))

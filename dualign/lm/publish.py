@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
+from dualign.core.artifacts import copy_folder
 from dualign.lm.folders import ADAPTER, MIXTURE
 from dualign.lm.loading import load_model, with_adapter
 from dualign.lm.mixture import components
@@ -25,17 +26,17 @@ def publish(policy: Path, out: Path) -> None:
     elif (policy / "adapter_config.json").is_file():
         _publish_adapter(policy, out)
     else:
-        shutil.copytree(policy, out)
+        copy_folder(policy, out)
 
 
 def _publish_mixture(policy: Path, out: Path) -> None:
     out.mkdir(parents=True)
     for name in components(policy)[1]:
         publish(policy / name, out / name)
-    shutil.copy(policy / MIXTURE, out)
+    shutil.copyfile(policy / MIXTURE, out / MIXTURE)
 
 
 def _publish_adapter(policy: Path, out: Path) -> None:
     base = load_model(AutoModelForCausalLM, adapter_base(policy), dtype=torch.float32)
     save(merged(with_adapter(base, policy)), read_tokenizer(policy), out)
-    shutil.copytree(policy, out / ADAPTER)
+    copy_folder(policy, out / ADAPTER)

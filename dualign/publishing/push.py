@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +18,7 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]
 )
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
-from dualign.core.artifacts import replacing
+from dualign.core.artifacts import copy_folder, replacing
 from dualign.core.errors import DataError
 from dualign.lm.folders import adapter_in
 from dualign.publishing.card import Published, policy_card
@@ -66,7 +65,7 @@ def staged(policy: Published, card: str, out: Path, base: str | None) -> None:
 
         publish(source, out)
     else:
-        shutil.copytree(adapter_in(source), out)
+        copy_folder(adapter_in(source), out)
         config = out / "adapter_config.json"
         content = json.loads(config.read_text())
         config.write_text(json.dumps(content | {"base_model_name_or_path": base}, indent=2))

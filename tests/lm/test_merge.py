@@ -24,6 +24,7 @@ from transformers import (
 from dualign.core.errors import DualignError, ModelError
 from dualign.lm.folders import adapter_in
 from dualign.lm.merge import merge
+from dualign.lm.mixture import write_mixture
 
 IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
 
@@ -238,6 +239,23 @@ def test_a_merge_of_whole_weights_leaves_no_adapter_of_the_first_behind(
     whole, mixed = weights(published), weights(tmp_path / "again")
     for name, tensor in weights(base).items():
         assert torch.allclose(mixed[name], 0.75 * whole[name] + 0.25 * tensor, atol=1e-6)
+
+
+def test_what_is_made_of_files_that_dvc_protects_can_be_written(tmp_path: Path, base: Path) -> None:
+    """DVC's links to its cache have the mode 0444. Copies had it too, and nobody but root could
+    write a merge's configuration over one.
+    """
+    narrow = write(tiny(1, dtype=torch.bfloat16), tmp_path / "narrow")
+    adapters = [adapter(base, tmp_path / name, seed) for seed, name in enumerate("ab")]
+    for folder in (base, narrow, *adapters):
+        for file in folder.iterdir():
+            file.chmod(0o444)
+    merge(adapters[0], adapters[1], 0.5, tmp_path / "products")
+    merge(narrow, base, 0.5, tmp_path / "whole")
+    write_mixture(adapters, [0.0, 1.0], tmp_path / "mixture")
+    for made in ("products", "whole", "mixture"):
+        files = [path for path in (tmp_path / made).rglob("*") if path.is_file()]
+        assert files and all(file.stat().st_mode & 0o200 for file in files)
 
 
 def test_models_of_different_shape_are_refused(tmp_path: Path) -> None:

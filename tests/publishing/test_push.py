@@ -80,6 +80,8 @@ def test_the_reference_has_a_card_although_its_stage_wrote_none(run: Path) -> No
 
 def test_an_adapter_of_this_run_is_pushed_whole_or_on_a_base_that_others_have(run: Path) -> None:
     one = policy(run, "reward_dpo/one")
+    for file in (run / "models/reward_dpo/one").iterdir():
+        file.chmod(0o444)  # as DVC leaves them; only root can write over a copy of that mode
     push(one, f"file://{run}/whole")
     made = ModelCard.load(run / "whole/README.md")
     assert "# reward_dpo/one" in made.text and "More Information Needed" not in made.text
@@ -93,6 +95,8 @@ def test_an_adapter_of_this_run_is_pushed_whole_or_on_a_base_that_others_have(ru
     push(one, f"file://{run}/adapter", "owner/sft")
     config = read_json(run / "adapter/adapter_config.json")
     assert config["base_model_name_or_path"] == "owner/sft"
+    pushed = [*(run / "adapter").iterdir(), *(run / "whole/adapter").iterdir()]
+    assert all(file.stat().st_mode & 0o200 for file in pushed)
     made = ModelCard.load(run / "adapter/README.md")
     assert made.data.base_model == "owner/sft", "what the hub takes for its base"
     assert "vllm serve owner/sft --enable-lora --lora-modules policy=adapter" in made.text
