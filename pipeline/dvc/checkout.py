@@ -136,8 +136,8 @@ def _add(root: Path, commit: str, tree: Path) -> None:
         "w"
     ) as turn:  # git's own lock fails at once
         fcntl.flock(turn, fcntl.LOCK_EX)
-        if not _has(root, commit):
-            git(root, "fetch", "--quiet", "origin")
+        if not _has(root, commit):  # a clone of one branch fetches that one alone by itself
+            git(root, "fetch", "--quiet", "origin", "+refs/heads/*:refs/remotes/origin/*")
         if not _has(root, commit):
             raise PipelineError(
                 f"commit {commit[:10]} is not in the remote of {root}; see `git remote -v` there"

@@ -180,6 +180,8 @@ def test_trees_of_others_on_a_disk_that_is_away_stay(clone: Path, tmp_path: Path
 def test_a_commit_that_came_later_is_fetched_and_one_that_is_nowhere_is_told(
     clone: Path, project: Project
 ) -> None:
+    git(clone, "config", "remote.origin.fetch", "+refs/heads/other:refs/remotes/origin/other")
+    git(project.root, "switch", "-qc", "topic")  # which a clone of one branch does not know
     (project.root / "work.py").write_text("# newer\n")
     git(project.root, "commit", "-qam", "newer")
     commit = git(project.root, "rev-parse", "HEAD").strip()
