@@ -59,10 +59,9 @@ def gather(root: Path, found: Sequence[Point], options: Sequence[str], cluster: 
     Nothing is left there of a seed whose run did not, and nothing runs for one that is up to date.
 
     Raises PipelineError as `sweep` does, before anything runs."""
-    for points in [found] if cluster else [[point] for point in found]:
-        sweep(root, points, [REPORT], ["--stage", REPORT, *options], cluster)
-        for point in points:
-            _keep(root / GATHERED / f"{point.settings['seed']}.json", point)
+    sweep(root, found, [REPORT], ["--stage", REPORT, *options], cluster)
+    for point in found:
+        _keep(root / GATHERED / f"{point.settings['seed']}.json", point)
     return all(point.end in GOOD for point in found)
 
 

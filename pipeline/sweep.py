@@ -127,7 +127,8 @@ def sweep(
     experiments, and one that is up to date by its experiment's records does not run again.
 
     Args:
-        root: the workspace; its params.yaml and dvc.lock are where each point starts.
+        root: the workspace; its params.yaml and dvc.lock, as they are now, are where each point
+            starts.
         points: from `grid`.
         stages: whose metrics count; empty for those that no other stage reads.
         options: for `python -m pipeline run` in each tree, beside the point's own.
@@ -138,14 +139,13 @@ def sweep(
     commit = published(root) if cluster else committed(root)
     check_identity(root)
     _check_inputs(root, cluster)
+    files = _start(root)
     for point in points:
-        names.check(root, assign(yaml_text.read(root / "params.yaml"), point.settings))
+        names.check(root, assign(files["params.yaml"], point.settings))
+    options = [*options, *(["--cluster"] if cluster else [])]
     with ThreadPoolExecutor(len(points) if cluster else 1) as pool:
         futures = [
-            pool.submit(
-                _run, root, commit, point, stages, [*options, *(["--cluster"] if cluster else [])]
-            )
-            for point in points
+            pool.submit(_run, root, commit, files, point, stages, options) for point in points
         ]
         try:
             for future in futures:
@@ -168,10 +168,20 @@ def _check_inputs(root: Path, cluster: bool) -> None:
         )
 
 
+def _start(root: Path) -> dict[str, str]:
+    """What travels beside the commit; people edit it for their next run while points run."""
+    found = {name: (root / name).read_text() for name in CARRIED if (root / name).exists()}
+    return {**found, "params.yaml": yaml_text.read(root / "params.yaml")}
+
+
 def _run(
-    root: Path, commit: str, point: Point, stages: Sequence[str], options: Sequence[str]
+    root: Path,
+    commit: str,
+    files: Mapping[str, str],
+    point: Point,
+    stages: Sequence[str],
+    options: Sequence[str],
 ) -> None:
-    files = {name: (root / name).read_text() for name in CARRIED if (root / name).exists()}
     settings = [
         word
         for key, value in point.settings.items()
@@ -182,10 +192,11 @@ def _run(
         **lasting(root),
         identity.VARIABLE: identity.name(root),
     }
-    files["params.yaml"] = assign(files["params.yaml"], point.settings)
-    files |= _recorded(root, point.name)
+    changed = {"params.yaml": assign(files["params.yaml"], point.settings)}
     with working_tree(root, commit, f"sweep-{point.name}", log.log) as (tree, _):
-        write_files(tree, {**files, **inputs.answers(root)})
+        write_files(
+            tree, {**files, **changed, **_recorded(root, point.name), **inputs.answers(root)}
+        )
         try:
             dag = load_dag(tree)
         except DvcException as error:

@@ -17,7 +17,7 @@ from pipeline.__main__ import main
 from pipeline.dvc.checkout import committed
 from pipeline.errors import PipelineError
 from pipeline.sweep import Point, grid, save_point, table, unmatched
-from tests.pipeline.project import Project, git
+from tests.pipeline.project import WORK, Project, git
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -163,6 +163,24 @@ def test_a_sweep_leaves_the_workspace_alone_and_its_points_as_experiments(
         for row in entry["revs"]
     }
     assert kept["first.value=8"]["metrics"]["metrics-first.json"]["data"]["accuracy"]["mean"] == 8
+
+
+def test_what_is_edited_meanwhile_is_no_points(
+    sweeping: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Later points of a sweep took over params that somebody edited for the next run, unsaid."""
+    root = sweeping.root
+    monkeypatch.setenv("WORKSPACE", str(root))
+    (root / "work.py").write_text(
+        f"{WORK}\nparams = pathlib.Path(os.environ['WORKSPACE'], 'params.yaml')\n"
+        "params.write_text(params.read_text().replace('\"value\": 3', '\"value\": 33'))\n"
+    )
+    git(root, "commit", "-qam", "edits")
+    assert main(["sweep", "first.value=7,8", "--stage", "first"]) == 0
+    assert '"value": 33' in (root / "params.yaml").read_text()
+    for value in (7, 8):
+        ref = ExpRefInfo(git(root, "rev-parse", "HEAD").strip(), f"first.value={value}")
+        assert '"last": {"value": 3,' in git(root, "show", f"{ref}:params.yaml")
 
 
 def test_an_experiment_of_other_params_is_not_replaced_without_a_word(
