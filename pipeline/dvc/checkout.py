@@ -164,8 +164,7 @@ def _share(root: Path, tree: Path) -> None:
         shutil.copy2(local, tree / ".dvc" / "config.local")
     with Repo(str(root)) as repo:
         cache = repo.cache.local.path
-        remote = repo.config["core"].get("remote")
-        url = str(repo.config["remote"][remote]["url"]) if remote else ""
+        remote, url = default_remote(repo)
     # DVC reads UTF-8, as folders may be called, but writes ASCII
     settings = ConfigObj(str(tree / ".dvc" / "config.local"), encoding="utf-8", interpolation=False)
     settings.setdefault("cache", {})["dir"] = str(Path(cache).parents[1])  # of .../files/md5
@@ -174,6 +173,15 @@ def _share(root: Path, tree: Path) -> None:
     if remote:  # a relative one counts from the clone
         settings.setdefault(f'remote "{remote}"', {})["url"] = url
     settings.write()
+
+
+def default_remote(repo: Repo) -> tuple[str, str]:
+    """Name and address of DVC's default remote; empty without one, or where its settings are gone,
+    which another machine's `.dvc/config.local` may hold.
+    """
+    name = repo.config["core"].get("remote")
+    settings = repo.config["remote"].get(name)
+    return (str(name), str(settings["url"])) if settings else ("", "")
 
 
 def tracked_files(root: Path, path: str, which: str = "--cached") -> list[str]:

@@ -35,7 +35,7 @@ from prefect.settings import get_current_settings
 from prefect.states import Cancelling, Crashed
 
 from pipeline.dvc import inputs, records
-from pipeline.dvc.checkout import published, write_files
+from pipeline.dvc.checkout import default_remote, published, write_files
 from pipeline.dvc.dag import StageSpec
 from pipeline.dvc.plan import StageStatus, one_line
 from pipeline.errors import PipelineError, StageFailed, StageStopped
@@ -92,7 +92,7 @@ def joined(
 
 def _check_remote(root: Path) -> None:
     with Repo(str(root)) as repo:
-        if not repo.config["core"].get("remote"):
+        if not default_remote(repo)[0]:
             raise PipelineError(
                 "results of workers travel through a DVC remote, and there is none; `dvc remote add"
                 " -d NAME URL`, then commit .dvc/config and push it"

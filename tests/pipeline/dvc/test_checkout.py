@@ -143,6 +143,15 @@ def test_variables_of_a_hook_of_git_do_not_lead_a_tree_into_the_workspace(
     assert git(clone, "status", "--porcelain") == ""
 
 
+def test_a_tree_does_without_a_default_remote_that_is_not_there(clone: Path) -> None:
+    (clone / ".dvc/config.local").write_text("[core]\n    remote = nowhere\n")
+    with (
+        working_tree(clone, committed(clone), "one", logging.log) as (tree, _),
+        Repo(str(tree)) as repo,
+    ):
+        assert "nowhere" not in repo.config["remote"]
+
+
 def test_hooks_and_settings_of_somebodys_git_change_nothing(clone: Path) -> None:
     """`dvc install` makes a hook that checks out outputs in every new tree, and failed there; with
     `log.showSignature` a date begins with what gpg says.

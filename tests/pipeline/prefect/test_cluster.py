@@ -76,6 +76,9 @@ def test_what_workers_cannot_run_is_refused(
     nodes: Nodes, client: SyncPrefectClient, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root = nodes.coordinator.root
+    (root / ".dvc/config.local").write_text("[core]\n    remote = nowhere\n")
+    assert "a DVC remote, and there is none" in str(run("first").message)
+    (root / ".dvc/config.local").unlink()
     refused = run("first")
     assert refused.name == "Refused" and "`python -m pipeline deploy`" in str(refused.message)
     (root / "work.py").write_text((root / "work.py").read_text() + "# new\n")
