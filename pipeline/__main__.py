@@ -33,6 +33,7 @@ EXIT = """exit status:
 def main(argv: Sequence[str] | None = None, prog: str = PROG) -> int:
     """The command, called `prog`; returns its exit status."""
     arguments = parser(prog).parse_args(argv)
+    server.past_proxies()
     try:
         _check_root(Path.cwd())
         code: int = arguments.command(arguments)

@@ -8,6 +8,7 @@ import functools
 import os
 import signal
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,6 +17,18 @@ from pipeline.errors import PipelineError
 
 #: Seconds to wait for an answer.
 PATIENCE = 10.0
+#: Names of this machine, by which a proxy on another one would look for itself.
+LOOPBACK = ("127.0.0.1", "localhost")
+
+
+def past_proxies() -> None:
+    """Have this process, and those that it starts, reach servers on this machine without the
+    proxy that the environment names, as on the nodes of many clusters.
+    """
+    if urllib.request.getproxies() and not urllib.request.proxy_bypass(LOOPBACK[0]):
+        spared = os.environ.get("no_proxy") or os.environ.get("NO_PROXY")
+        for name in ("no_proxy", "NO_PROXY"):
+            os.environ[name] = ",".join(filter(None, (spared, *LOOPBACK)))
 
 
 def address() -> str:
@@ -84,12 +97,21 @@ def problem(api: str) -> str:
     if who:
         return (
             f"no Prefect server answers at {api}, which is from {who}; start that server, or take"
-            " the address back"
+            f" the address back{_proxied(api)}"
         )
     return (
         f"no Prefect server at {api}; set PREFECT_API_URL, or start one in another terminal:"
         " prefect server start"
     )
+
+
+def _proxied(api: str) -> str:
+    """What to do, after a semicolon, where a proxy is asked for a server; else empty."""
+    address = urllib.parse.urlsplit(api)
+    host = address.hostname or ""
+    if address.scheme not in urllib.request.getproxies() or urllib.request.proxy_bypass(host):
+        return ""
+    return f"; {address.scheme}_proxy is asked for it, export no_proxy={host},$no_proxy goes past"
 
 
 def need() -> None:

@@ -75,6 +75,17 @@ def test_a_dead_address_of_the_shell_or_of_a_file_is_told_too(project: Project, 
     assert code == 2 and "PREFECT_API_URL of .env, prefect.toml or pyproject.toml here" in said
 
 
+def test_a_proxy_is_not_asked_for_this_machine_and_told_of_where_it_is_asked(
+    project: Project, home: Path, server: str
+) -> None:
+    """Nodes of a cluster have one for the way out; a run's own server did not come up with it."""
+    proxy = {"http_proxy": "http://127.0.0.1:9", "no_proxy": "example.org"}
+    assert told(project, home, "pipeline", "status", PREFECT_API_URL=server, **proxy)[0] == 0
+    away = "http://login.invalid:4200/api"
+    code, said = told(project, home, "pipeline", "status", PREFECT_API_URL=away, **proxy)
+    assert code == 2 and "http_proxy is asked for it, export no_proxy=login.invalid," in said
+
+
 def test_a_server_of_ones_own_that_does_not_come_up_is_one_line(
     project: Project, home: Path
 ) -> None:
