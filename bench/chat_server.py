@@ -40,6 +40,11 @@ def completion(content: str | None, finish: str = "stop", **message: Any) -> byt
     return json.dumps({**answer, "choices": [choice], "usage": usage}).encode()
 
 
+def counting(said: str, **usage: int | None) -> bytes:
+    """A good reply with these counts of tokens alone."""
+    return json.dumps(json.loads(completion(said)) | {"usage": usage}).encode()
+
+
 class ChatServer(Server):
     """`calls` are the bodies that came, `keys` the authorisations. `judge` says what a good reply
     to a text is."""
@@ -83,6 +88,9 @@ _REPLIES: dict[str, Callable[[str], bytes]] = {
     "chatty": lambda said: completion(f"Sure! {said}"),
     "other form": lambda said: completion('{"unsafe": "no", "category": null}'),
     "refusal": lambda said: completion(None, refusal="I will not judge this."),
+    "counts nothing": lambda said: counting(said),
+    "counts what it read": lambda said: counting(said, prompt_tokens=100, total_tokens=110),
+    "counts null": lambda said: counting(said, prompt_tokens=None, completion_tokens=None),
     "cut": lambda said: completion(said[:8], finish="length"),
     "nonsense": lambda said: b'{"choices": [17], "mood": "fine"}',
     "page": lambda said: b"<html>Gateway</html>",

@@ -52,8 +52,8 @@ class _Choice(BaseModel):
 
 
 class _Usage(BaseModel):
-    prompt_tokens: int
-    completion_tokens: int
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
 
 
 class _Completion(BaseModel):
@@ -288,11 +288,15 @@ def _text(completion: _Completion) -> str:
 
 
 def _used(completion: _Completion, ask: Ask) -> tuple[int, int]:
-    """Tokens read and written, reckoned where the server does not count them."""
-    if completion.usage is not None:
-        return completion.usage.prompt_tokens, completion.usage.completion_tokens
-    written = completion.choices[0].message.content or "" if completion.choices else ""
-    return _tokens(ask.text), _tokens(written)
+    """Tokens read and written, each reckoned where the server does not count it."""
+    usage = completion.usage or _Usage()
+    read = usage.prompt_tokens
+    written = usage.completion_tokens
+    text = completion.choices[0].message.content or "" if completion.choices else ""
+    return (
+        _tokens(ask.text) if read is None else read,
+        _tokens(text) if written is None else written,
+    )
 
 
 def _tokens(text: str) -> int:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from bench.chat_server import ChatServer, Plan, well
+from bench.chat_server import ChatServer, Plan, verdict_on, well
 from dualign.core.errors import DualignError, ParamsError
 from dualign.core.schema import user
 from dualign.judging.cache import Answered, Cache
@@ -137,6 +137,17 @@ def test_a_reply_is_asked_for_by_schema_and_without_where_the_server_takes_none(
     schema = formats[0]["json_schema"]
     assert schema["strict"] and schema["schema"]["additionalProperties"] is False
     assert schema["schema"]["required"] == ["unsafe", "category"]
+
+
+@pytest.mark.parametrize("deed", ["counts nothing", "counts what it read", "counts null"])
+def test_tokens_that_a_server_does_not_count_are_reckoned(cache: Cache, deed: str) -> None:
+    (ask,) = asks(1)
+    tokens = [len(text.encode()) // 3 + 16 for text in (ask.text, verdict_on(ask.text))]
+    read = 100 if deed == "counts what it read" else tokens[0]
+    with ChatServer(lambda text, before: deed) as server:
+        endpoint = Endpoint("gpt", spec(server.url, parallel=1), cache)
+        assert verdicts(endpoint([ask])) == RIGHT[:1]
+    assert endpoint.money == pytest.approx((read + 2 * tokens[1]) / 1000)
 
 
 def test_parameters_of_the_params_go_with_every_call(cache: Cache) -> None:
