@@ -116,10 +116,11 @@ def _half(handler: Handler, said: str, deed: str) -> None:
 
 
 def _status(handler: Handler, said: str, deed: str) -> None:
-    """An HTTP status; an error of a key quotes it, as some servers do."""
-    key = handler.headers["Authorization"]
-    wait = [("Retry-After", "1")] if deed == "429" else []
-    handler.say(json.dumps({"error": {"message": f"no: {key}"}}).encode(), int(deed), *wait)
+    """An HTTP status and what follows it, else an error that quotes the key, as some servers do."""
+    status, _, words = deed.partition(" ")
+    message = words or f"no: {handler.headers['Authorization']}"
+    wait = [("Retry-After", "1")] if status == "429" else []
+    handler.say(json.dumps({"error": {"message": message}}).encode(), int(status), *wait)
 
 
 _DEEDS: dict[str, Callable[[Handler, str, str], None]] = {

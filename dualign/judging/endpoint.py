@@ -31,14 +31,32 @@ ATTEMPTS = 2
 MAX_LOST = 10
 #: Bytes of text to a token, on the low side, so that a budget is reckoned on the high side.
 _BYTES_PER_TOKEN = 3
-
+#: How many characters of a server's error are shown, and by how many of the key it quotes that.
+_SHOWN = 300
+_PART = 8
 
 #: What servers say of a call that they do not understand, such as one by a schema.
 _NOT_TAKEN = (openai.BadRequestError, openai.UnprocessableEntityError)
+#: What they say of one question, too long or of what they may not read, or of every one.
+_REFUSALS = (400, 403, 413, 422)
+#: What they say of every question, and what to do.
+_STOPS = {
+    401: "check the key in ${key_variable}",
+    402: "pay into the account that the key in ${key_variable} is of",
+    404: "check base_url and model {model!r}",
+}
 
 
 class _Lost(Unusable):
-    """No reply, although the client tried again and again."""
+    """No reply, although the client tried again and again; `told` is what the server says."""
+
+    def __init__(self, failure: str, told: str = "") -> None:
+        super().__init__(failure)
+        self.told = told
+
+
+class _Refused(_Lost):
+    """No reply, and trying again brings none."""
 
 
 class _Message(BaseModel):
@@ -81,7 +99,9 @@ class Endpoint:
         )
         self._lock = threading.Lock()
         self._by_schema = True
+        self._answers = False
         self._lost_in_a_row = 0
+        self._losses: set[str] = set()
         self._spent = 0.0
         #: Calls of this run (tries of the client are one), and questions that needed none, since
         #: they are known or equal to another one.
@@ -94,6 +114,7 @@ class Endpoint:
         keys = [self._key(ask) for ask in asks]
         replies = {key: self._cache.get(key) for key in dict.fromkeys(keys)}
         waiting = {key: ask for key, ask in zip(keys, asks, strict=True) if replies[key] is None}
+        self._answers = len(waiting) < len(replies)
         self.saved += len(keys) - len(waiting)
         self._check_budget(list(waiting.values()), len(keys))
         failures = self._answer(waiting)
@@ -167,7 +188,7 @@ class Endpoint:
                 reply = self._call(ask)
                 ask.question.read(reply.text)
             except _Lost as error:
-                self._count_lost(str(error))
+                self._count_lost(error)
                 return str(error)
             except Unusable as error:
                 failure = str(error)
@@ -205,14 +226,16 @@ class Endpoint:
         except _NOT_TAKEN as error:
             if by_schema:
                 return self._sent(ask, by_schema=False)
-            raise Unusable(f"HTTP {error.status_code}") from None
+            raise self._lost(error) from None
         if self._by_schema and not by_schema:
             log.info("%s: the endpoint takes no JSON schema; replies are read as text", self._where)
             self._by_schema = False
         return body
 
     def _send(self, ask: Ask, by_schema: bool) -> str:
-        """The body of the response. Raises _Lost, one of _NOT_TAKEN, or DualignError."""
+        """The body of the response. Raises _Lost, one of _NOT_TAKEN, or DualignError.
+
+        What the client raises may hold the key, so nothing is raised from it."""
         body: dict[str, Any] = dict(self._spec.parameters)
         if by_schema:
             body["response_format"] = _schema(ask)
@@ -224,30 +247,42 @@ class Endpoint:
         except _NOT_TAKEN:
             raise
         except openai.APIStatusError as error:
-            if error.status_code in (401, 403, 404):  # its text may quote the key
-                raise DualignError(self._refusal(error.status_code)) from None
-            raise _Lost(f"HTTP {error.status_code}") from None
+            raise self._lost(error) from None
         except openai.APITimeoutError:
             raise _Lost(f"no answer in {self._spec.timeout:g} s") from None
         except openai.APIConnectionError:
             raise _Lost("no connection") from None
         with self._lock:
             self._lost_in_a_row = 0
+            self._answers = True
         return str(response.text)
 
-    def _refusal(self, status: int) -> str:
-        answer = f"{self._where}: {self._spec.base_url} answers HTTP {status}"
-        if status == 404:
-            return f"{answer}; check base_url and model {self._spec.model!r}"
-        return f"{answer}; check the key in ${self._spec.key_variable} and what it may use"
+    def _lost(self, error: openai.APIStatusError) -> DualignError:
+        """What a status without a reply means: for this question, or for all."""
+        status = error.status_code
+        if status in _STOPS:
+            remedy = _STOPS[status].format(**self._spec.model_dump())
+            return DualignError(
+                f"{self._where}: {self._spec.base_url} answers HTTP {status}; {remedy}"
+            )
+        kind = _Refused if status in _REFUSALS else _Lost
+        return kind(f"HTTP {status}", _told(error, self._client.api_key))
 
-    def _count_lost(self, failure: str) -> None:
+    def _count_lost(self, lost: _Lost) -> None:
+        """Stop after many in a row. Refusals count only where nothing else was ever heard: by what
+        they are asked about, many may follow each other."""
         with self._lock:
+            if str(lost) not in self._losses:
+                log.warning("%s: no reply to some questions: %s%s", self._where, lost, lost.told)
+            self._losses.add(str(lost))
+            if self._answers and isinstance(lost, _Refused):
+                return
             self._lost_in_a_row += 1
             if self._lost_in_a_row >= MAX_LOST:
                 raise DualignError(
-                    f"{self._where}: {MAX_LOST} calls in a row were lost ({failure}); see to"
-                    f" {self._spec.base_url} and run the stage again, which asks only for the rest"
+                    f"{self._where}: {MAX_LOST} calls in a row were lost ({lost}{lost.told}); see"
+                    f" to {self._spec.base_url} and to this judge's model, parameters and key, and"
+                    " run the stage again, which asks only for the rest"
                 )
 
 
@@ -260,6 +295,13 @@ def _key_of(where: str, spec: OpenaiJudge) -> str:
             f"{where}: the environment variable {spec.key_variable} is not set; put the key there"
         )
     return key
+
+
+def _told(error: openai.APIStatusError, key: str) -> str:
+    """What a server says of a status, in one line; nothing where that quotes a part of the key."""
+    text = " ".join(error.response.text.split())[:_SHOWN]
+    parts = [key[at : at + _PART] for at in range(max(1, len(key) - _PART + 1))]
+    return f": {text}" if text and not any(part in text for part in parts) else ""
 
 
 def _schema(ask: Ask) -> dict[str, Any]:

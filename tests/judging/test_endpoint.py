@@ -101,7 +101,9 @@ def test_what_goes_wrong_once_is_tried_again_and_no_answer_is_lost(cache: Cache,
         ("other form", "no such JSON (unsafe: bool_type)", ATTEMPTS),
         ("refusal", "refused", ATTEMPTS),
         ("cut", "cut off at its length limit", ATTEMPTS),
-        ("400", "HTTP 400", 2 * ATTEMPTS),
+        ("400", "HTTP 400", 2),
+        ("403", "HTTP 403", 1),
+        ("413", "HTTP 413", 1),
     ],
 )
 def test_what_goes_wrong_always_is_a_failure_and_the_others_have_their_verdicts(
@@ -304,7 +306,7 @@ def test_replies_without_a_verdict_cost_calls_too(cache: Cache) -> None:
         assert len(server.calls) == 6
 
 
-@pytest.mark.parametrize("status", ["401", "403", "404"])
+@pytest.mark.parametrize("status", ["401", "402", "404"])
 def test_no_message_shows_the_key(
     cache: Cache, caplog: pytest.LogCaptureFixture, status: str
 ) -> None:
@@ -316,6 +318,46 @@ def test_no_message_shows_the_key(
             Endpoint("gpt", spec(server.url, parallel=1), cache)(asks(8))
         assert server.keys == {f"Bearer {KEY}"} and len(server.calls) < 4
     assert KEY not in str(caught.value) + caplog.text
+
+
+UNSUPPORTED = "'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead."
+
+
+@pytest.mark.parametrize(
+    ("deed", "told"),
+    [
+        (f"400 {UNSUPPORTED}", UNSUPPORTED),
+        ("403 Your plan has no such model", "Your plan has no such model"),
+        ("429 You exceeded your current quota", "You exceeded your current quota"),
+        ("400", r"\(HTTP 400\); see"),
+        (f"403 Project of {KEY[:8]} has no access", r"\(HTTP 403\); see"),
+    ],
+)
+def test_a_server_that_refuses_every_question_is_told_in_its_own_words_without_the_key(
+    cache: Cache, caplog: pytest.LogCaptureFixture, deed: str, told: str
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    with ChatServer(lambda text, before: deed) as server:
+        endpoint = Endpoint("gpt", spec(server.url, parallel=1, retries=0), cache)
+        with pytest.raises(DualignError, match=f"{MAX_LOST} calls in a row .*{told}") as caught:
+            endpoint(asks(30))
+        assert endpoint.calls < MAX_LOST + 3
+    assert KEY[:8] not in str(caught.value) + caplog.text
+
+
+@pytest.mark.parametrize("deed", ["400 The prompt is too long", "403 Your input was flagged"])
+def test_questions_that_a_server_refuses_one_after_another_are_failures(
+    cache: Cache, caplog: pytest.LogCaptureFixture, deed: str
+) -> None:
+    def plan(text: str, before: int) -> str:
+        return "well" if " 0" in text else deed
+
+    with ChatServer(plan) as server:
+        for _ in range(2):
+            endpoint = Endpoint("gpt", spec(server.url, parallel=1), cache)
+            replies = endpoint(asks(2 * MAX_LOST))
+            assert verdicts(replies) == [True] + [None] * (2 * MAX_LOST - 1)
+    assert caplog.text.count(deed.partition(" ")[2]) == 2, "told once a run"
 
 
 def test_the_cache_holds_no_key(cache: Cache, tmp_path: Path) -> None:
