@@ -91,12 +91,7 @@ class Endpoint:
         self._where = f"judges.{name}"
         self._spec = spec
         self._cache = cache
-        self._client = openai.OpenAI(
-            base_url=spec.base_url,
-            api_key=_key_of(self._where, spec),
-            timeout=spec.timeout,
-            max_retries=spec.retries,
-        )
+        self._client = _client(self._where, spec)
         self._lock = threading.Lock()
         self._by_schema = True
         self._answers = False
@@ -286,6 +281,19 @@ class Endpoint:
                 )
 
 
+def _client(where: str, spec: OpenaiJudge) -> openai.OpenAI:
+    key = _key_of(where, spec)
+    try:
+        return openai.OpenAI(
+            base_url=spec.base_url, api_key=key, timeout=spec.timeout, max_retries=spec.retries
+        )
+    except (ImportError, ValueError) as error:  # of a proxy that the environment names
+        raise ParamsError(
+            f"{where}: {spec.base_url} cannot be asked ({error}); see to ALL_PROXY, HTTP_PROXY and"
+            " HTTPS_PROXY"
+        ) from None
+
+
 def _key_of(where: str, spec: OpenaiJudge) -> str:
     if spec.key_variable is None:
         return "none"
@@ -293,6 +301,11 @@ def _key_of(where: str, spec: OpenaiJudge) -> str:
     if not key:
         raise ParamsError(
             f"{where}: the environment variable {spec.key_variable} is not set; put the key there"
+        )
+    if key != key.strip() or not key.isascii() or not key.isprintable():
+        raise ParamsError(
+            f"{where}: the environment variable {spec.key_variable} holds what no key has (blanks"
+            " or a line's end around it, or characters beyond ASCII); put the key alone there"
         )
     return key
 

@@ -374,6 +374,27 @@ def test_a_key_that_is_not_set_is_named(cache: Cache, monkeypatch: pytest.Monkey
         Endpoint("gpt", spec("http://127.0.0.1:1/v1", parallel=1), cache)
 
 
+@pytest.mark.parametrize("value", [f"{KEY}\n", f" {KEY}", f"{KEY}\r", " ", f"{KEY}\nx", f"„{KEY}“"])
+def test_a_key_that_no_header_can_carry_is_told_before_the_first_call(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch, value: str
+) -> None:
+    monkeypatch.setenv("JUDGE_KEY", value)
+    told = r"judges\.gpt: the environment variable JUDGE_KEY holds what no key has"
+    with pytest.raises(ParamsError, match=told) as caught:
+        Endpoint("gpt", spec("http://127.0.0.1:1/v1"), cache)
+    assert KEY not in str(caught.value)
+
+
+@pytest.mark.parametrize("proxy", ["ftp://me:secret@127.0.0.1:1", "socks9://127.0.0.1:1"])
+def test_a_proxy_that_cannot_be_used_is_told_in_one_line(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch, proxy: str
+) -> None:
+    monkeypatch.setenv("ALL_PROXY", proxy)
+    with pytest.raises(ParamsError, match=r"judges\.gpt: http://h/v1 cannot be .* ALL_PROXY") as it:
+        Endpoint("gpt", spec("http://h/v1"), cache)
+    assert "secret" not in str(it.value) and "\n" not in str(it.value)
+
+
 def test_an_endpoint_that_is_down_stops_the_judge(cache: Cache) -> None:
     nobody = spec("http://127.0.0.1:1/v1", retries=0)
     with pytest.raises(
