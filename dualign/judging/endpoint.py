@@ -123,9 +123,10 @@ class Endpoint:
         ]
 
     def _key(self, ask: Ask) -> str:
-        """What a reply depends on, as a hash. Keys of users are no part of it."""
+        """What a reply depends on, as a hash. No part of it are keys of users, and a slash at the
+        address's end."""
         spec = self._spec
-        content = [spec.base_url, spec.model, ask.text, spec.parameters, ask.repeat]
+        content = [spec.base_url.rstrip("/"), spec.model, ask.text, spec.parameters, ask.repeat]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def _check_budget(self, asks: list[Ask], questions: int) -> None:

@@ -190,6 +190,13 @@ def test_another_model_or_other_parameters_are_other_calls(
         assert len(server.calls) == 5
 
 
+def test_a_slash_at_the_end_of_an_address_makes_no_other_calls(cache: Cache) -> None:
+    with ChatServer() as server:
+        for url in (server.url, f"{server.url}/"):
+            replies = Endpoint("gpt", spec(url, parallel=1), cache)(asks(2))
+            assert verdicts(replies) == RIGHT[:2] and len(server.calls) == 2
+
+
 KILLED = """
 import sys
 from pathlib import Path
