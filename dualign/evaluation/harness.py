@@ -125,8 +125,11 @@ class _Metric(Record):
 
 
 class _Score(Record):
+    """`reducer` is how the scores of several epochs became one, None of a single epoch."""
+
     name: str
-    scored_samples: int
+    reducer: str | None = None
+    scored_samples: int | None = None
     metrics: dict[str, _Metric]
 
 
@@ -179,9 +182,10 @@ def _inspect_rows(score: _Score, total: int) -> Iterator[HarnessRow]:
     """The metrics of a scorer; `stderr` is the error of the one that stands beside it."""
     error = score.metrics.get("stderr")
     named = {name: metric for name, metric in score.metrics.items() if name != "stderr"}
+    way = f" ({score.reducer})" if score.reducer else ""
     for name, metric in named.items():
         yield HarnessRow(
-            metric=f"{score.name}, {name}",
+            metric=f"{score.name}, {name}{way}",
             value=metric.value,
             error=error.value if error and len(named) == 1 else None,
             items=score.scored_samples,

@@ -54,6 +54,20 @@ def test_inspect_tells_each_scorer_with_its_error() -> None:
     assert row.error == metrics["stderr"]["value"] and row.items == row.total == 12
 
 
+def test_inspect_tells_each_reducer_of_epochs_and_older_versions_no_count(tmp_path: Path) -> None:
+    results = json.loads(INSPECT.read_text())["results"]
+    (score,) = results["scores"]
+    counted = score.pop("scored_samples")
+    of_each = [score | {"reducer": name} for name in ("mean", "max")]
+    file = edited(INSPECT, tmp_path, results=results | {"scores": of_each})
+    (record,) = read_results(file)
+    assert [row.metric for row in record.rows] == [
+        "includes, accuracy (mean)",
+        "includes, accuracy (max)",
+    ]
+    assert [row.items for row in record.rows] == [None, None] and counted == record.rows[0].total
+
+
 @pytest.mark.parametrize("given", ["", None, "pretrained=models/sft,peft=models/ours,dtype=float"])
 def test_arguments_may_be_those_of_the_command_line(tmp_path: Path, given: str | None) -> None:
     """As older versions of lm-evaluation-harness write them."""
