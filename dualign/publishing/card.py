@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from pydantic import ValidationError
 
 from dualign.certify.certificate import CERTIFICATES, FILE, read
@@ -71,15 +73,25 @@ class Published:
 
     @property
     def base_id(self) -> str | None:
-        """The hub id of its base; None for a base of this run's own or of a local folder."""
-        local = self.base.base == "scratch" or (self.root / self.base.base).exists()
-        return None if local else self.base.base
+        """The hub id of its base; None for a base of this run's own or of a local folder, which may
+        be gone."""
+        base = self.base.base
+        local = base == "scratch" or (self.root / base).exists() or not _may_be_id(base)
+        return None if local else base
 
     @property
     def licence(self) -> str:
         """What its data and its base allow, by the hub's name."""
         folder = self.root / self.base.base
         return together(self.sources, licence_of_base(self.base.base, folder))
+
+
+def _may_be_id(name: str) -> bool:
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
 
 
 def published(root: Path, folder: str) -> Published:
@@ -270,7 +282,7 @@ def _data(policy: Published) -> str:
     lines = ["## Data and licences", ""]
     for source in policy.sources:
         licence = licence_of(source)
-        name = source.path or "the embedded world, which dualign generates"
+        name = _elsewhere(source.path or "the embedded world, which dualign generates")
         if licence is None:
             lines.append(f"- {name} (format `{source.format}`): licence not known here; check it.")
         else:
@@ -281,8 +293,15 @@ def _data(policy: Published) -> str:
     if policy.base.base == "scratch":
         lines += ["", "Base: a small model that the run built from scratch."]
     else:
-        lines += ["", f"Base: {policy.base_id or policy.base.base}; its own licence holds too."]
+        base = policy.base_id or _elsewhere(policy.base.base)
+        lines += ["", f"Base: {base}; its own licence holds too."]
     return "\n".join(lines)
+
+
+def _elsewhere(place: str) -> str:
+    """What others are told of a place: of a path of this machine the last name alone."""
+    path = Path(place)
+    return path.name if path.is_absolute() or ".." in path.parts else place
 
 
 def _limits(policy: Published) -> str:

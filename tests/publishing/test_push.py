@@ -28,7 +28,7 @@ from dualign.data import world
 from dualign.lm import models
 from dualign.lm.card import HEAD
 from dualign.params.base import LoraParams, Resources
-from dualign.params.data import PrepareParams
+from dualign.params.data import PrepareParams, SourceSpec
 from dualign.params.loading import load, load_resources
 from dualign.params.models import SftParams
 from dualign.params.report import ReportParams
@@ -138,6 +138,25 @@ def test_the_card_is_about_the_data_of_the_run_not_of_params_that_were_changed_s
     write_provenance(run, "prepare", {})
     with pytest.raises(DataError, match=r"provenance/prepare\.json: params: .*force prepare"):
         published(run, "sft")
+
+
+@pytest.mark.parametrize("base", ["{run}/private/llama", "/srv/gone/llama", "../gone/llama"])
+def test_a_card_names_no_place_of_this_machine(run: Path, base: str) -> None:
+    base = base.format(run=run)
+    shutil.copytree(run / "models/sft", run / "private/llama")
+    ours = policy(run, "sft")
+    rows = SourceSpec(format="pku", path=f"{run}/private/rows.jsonl")
+    made = policy_card(
+        replace(
+            ours,
+            base=ours.base.model_copy(update={"base": base}),
+            data=ours.data.model_copy(update={"safety": [rows]}),
+        ),
+        "owner/it",
+    )
+    assert "Base: llama; its own" in made.text and "- rows.jsonl (format `pku`)" in made.text
+    assert made.data.base_model is None, "which the hub takes ids for"
+    assert not any(place in str(made) for place in (str(run), "/srv", "../"))
 
 
 def test_the_certificate_is_the_one_that_came_with_the_policy(run: Path) -> None:
