@@ -24,6 +24,9 @@ from dualign.lm.folders import adapter_in
 from dualign.publishing.card import Published, policy_card
 
 FOLDER = "file://"
+#: What a policy that was pushed before may have left at the hub, and would be loaded for this one:
+#: weights in one file beside others in shards, an adapter, a mixture.
+_OF_A_POLICY = ["*.safetensors", "*.bin", "*.json", "*.jinja", "*.model"]
 #: What the hub's client raises of the hub and of the network.
 _OF_HUB = (HTTPError, OSError)
 _LOG_IN = "`hf auth login` as one who may write there, or put such a token into HF_TOKEN"
@@ -55,6 +58,8 @@ def _check_target(to: str) -> None:
         validate_repo_id(to)
     except HFValidationError as error:
         raise DataError(f"--to {to}: neither owner/name nor file://FOLDER ({error})") from error
+    if "/" not in to:
+        raise DataError(f"--to {to}: neither owner/name nor file://FOLDER; name the owner too")
 
 
 def staged(policy: Published, card: str, out: Path, base: str | None) -> None:
@@ -102,8 +107,9 @@ def _to_hub(policy: Published, card: str, to: str, base: str | None, private: bo
         staged(policy, card, out, base)
         with _refusals(to):
             done = hub.upload_folder(
-                repo_id=to, folder_path=out, commit_message="A policy by dualign"
-            )
+                repo_id=to, folder_path=out, commit_message="A policy by dualign",
+                delete_patterns=_OF_A_POLICY,
+            )  # fmt: skip
     return str(done.commit_url)
 
 

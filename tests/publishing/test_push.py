@@ -260,15 +260,21 @@ def write_provenance(root: Path, stage: str, params: dict[str, Any]) -> None:
 
 
 class Hub(BaseHTTPRequestHandler):
-    """A hub that answers what it is told, and counts what it is asked."""
+    """A hub that answers what it is told, and counts what it is asked. `held` are the files of its
+    repository, `commits` the lines of those that were made."""
 
     status = 200
     said: ClassVar[dict[str, Any]] = {}
     asked: ClassVar[list[str]] = []
+    held: ClassVar[list[str]] = []
+    commits: ClassVar[list[dict[str, Any]]] = []
 
     def do_GET(self) -> None:
         type(self).asked.append(self.path)
-        body = json.dumps(self.said).encode()
+        tree = [{"type": "file", "path": name, "size": 1, "oid": "0"} for name in self.held]
+        self.say(json.dumps(tree if "/tree/" in self.path else self.said).encode())
+
+    def say(self, body: bytes) -> None:
         self.send_response(self.status)
         self.send_header("Content-Length", str(len(body)))
         self.send_header("Content-Type", "application/json")
@@ -276,7 +282,16 @@ class Hub(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def do_POST(self) -> None:
-        self.rfile.read(int(self.headers["Content-Length"]))
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        if "/preupload/" in self.path:
+            files = [
+                {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
+                for file in json.loads(body)["files"]
+            ]
+            self.say(json.dumps({"files": files}).encode())
+            return
+        if "/commit/" in self.path:
+            type(self).commits += map(json.loads, body.splitlines())
         self.do_GET()
 
     def log_message(self, *told: object) -> None:
@@ -286,7 +301,7 @@ class Hub(BaseHTTPRequestHandler):
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]:
     """A hub on this machine, which the client is led to."""
-    Hub.status, Hub.said, Hub.asked = 200, {}, []
+    Hub.status, Hub.said, Hub.asked, Hub.held, Hub.commits = 200, {}, [], [], []
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
@@ -327,6 +342,36 @@ def test_nothing_private_goes_to_a_repository_that_is_public(run: Path, hub: typ
     with pytest.raises(DataError, match=r"^owner/sft: is there and public; make it private"):
         push(policy(run, "sft"), "owner/sft", private=True)
     assert not any("commit" in path or "upload" in path for path in hub.asked)
+
+
+def test_what_another_policy_left_in_a_repository_goes_with_its_weights(
+    run: Path, hub: type[Hub]
+) -> None:
+    """Transformers loads `model.safetensors` of before in place of the card's own shards."""
+    kept = ["README.md", "config.json", ".gitattributes", "chart.png", "policy.gguf"]
+    gone = ["model.safetensors.index.json", "pytorch_model.bin", "component-0/config.json"]
+    gone += ["model-00001-of-00002.safetensors", "adapter/adapter_model.safetensors"]
+    hub.said = {
+        "url": "https://huggingface.co/owner/sft", "id": "owner/sft", "sha": "0" * 40, "tags": [],
+        "private": False,
+        "commitUrl": "https://huggingface.co/owner/sft/commit/1", "commitOid": "1",
+        "success": True,
+    }  # fmt: skip
+    hub.held = [*kept, *gone]
+    assert push(policy(run, "sft"), "owner/sft").endswith("/commit/1")
+    deeds: dict[str, set[str]] = {}
+    for line in hub.commits:
+        deeds.setdefault(line["key"], set()).add(line["value"].get("path", ""))
+    assert deeds["deletedFile"] == set(gone)
+    assert {"README.md", "config.json", "model.safetensors"} <= deeds["file"]
+
+
+def test_a_name_without_its_owner_is_refused_before_a_repository_is_made(
+    run: Path, hub: type[Hub]
+) -> None:
+    with pytest.raises(DataError, match=r"^--to sft: neither owner/name .*; name the owner too"):
+        push(policy(run, "sft"), "sft")
+    assert not hub.asked
 
 
 def test_a_hub_that_is_not_reached_is_told_in_one_line(
