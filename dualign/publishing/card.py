@@ -6,6 +6,7 @@ only a finished run knows: the table of the evaluation, the certificate, and the
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,8 @@ from dualign.core.records import (
 from dualign.core.units import decoding_in_words
 from dualign.evaluation.measures import MEASURES
 from dualign.lm.card import HEAD
-from dualign.lm.folders import MIXTURE, SCORER, is_policy
+from dualign.lm.engines.ranks import room_for
+from dualign.lm.folders import MIXTURE, SCORER, adapter_in, is_policy
 from dualign.params.base import StageParams
 from dualign.params.data import PrepareParams, SourceSpec
 from dualign.params.models import SftParams
@@ -163,7 +165,7 @@ def _ran_with(params: type[P], root: Path) -> P:
 
 def policy_card(policy: Published, name: str, base: str | None = None) -> ModelCard:
     """The card; `name` is what the policy is called where it goes, `base` what its adapter, which
-    goes alone, is on; None for whole weights.
+    goes alone, is on; None for whole weights. Raises DataError where it has no adapter.
     """
     own = ModelCard(_own_card(policy))
     parts = [
@@ -174,7 +176,7 @@ def policy_card(policy: Published, name: str, base: str | None = None) -> ModelC
         _certificate(policy),
         _data(policy),
         _limits(policy),
-        _loading(policy, name, base),
+        _loading(policy, name, _served(policy, name, base)),
     ]
     data = metadata(policy, name, own.data.to_dict(), base)
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(filter(None, parts)) + "\n")
@@ -321,7 +323,7 @@ def _decoding(policy: Published) -> tuple[float, float]:
     return (1.0, 1.0) if found is None else (found.temperature, found.top_p)
 
 
-def _loading(policy: Published, name: str, base: str | None) -> str:
+def _loading(policy: Published, name: str, served: str) -> str:
     if (policy.root / "models" / policy.folder / MIXTURE).is_file():
         return "## How to load\n\nSee above: it is a mixture of policies."
     longest = 256 if policy.row is None else policy.row.max_new_tokens
@@ -341,17 +343,26 @@ answer = policy.generate(**ids, {how if temperature else "do_sample=False"}, \
 max_new_tokens={longest})
 ```
 
-{_served(name, base)}"""
+{served}"""
 
 
-def _served(name: str, base: str | None) -> str:
+def _served(policy: Published, name: str, base: str | None) -> str:
     if base is not None:
+        rank = room_for(_rank(policy.root / "models" / policy.folder))
         return (
             f"It is a LoRA adapter on `{base}`, which Transformers loads with it where `peft` is"
-            f" installed. vLLM serves both: `vllm serve {base} --enable-lora --lora-modules"
-            f" policy={name}`."
+            f" installed. vLLM serves both: `vllm serve {base} --enable-lora --max-lora-rank {rank}"
+            f" --lora-modules policy={name}`."
         )
     return (
         f"vLLM serves it as it is: `vllm serve {name}`. For llama.cpp, in a clone of it, with a"
         " copy of this folder:\n`python convert_hf_to_gguf.py FOLDER --outfile policy.gguf`."
     )
+
+
+def _rank(policy: Path) -> int:
+    """The rank of a policy's adapter."""
+    config = adapter_in(policy) / "adapter_config.json"
+    if not config.is_file():
+        raise DataError(f"{policy}: has no adapter (rank 0 trains all weights); push it whole")
+    return int(json.loads(config.read_text())["r"])

@@ -84,9 +84,6 @@ def push(policy: Published, to: str, base: str | None = None, *, private: bool =
     as a folder, where there is no adapter, or the hub refuses.
     """
     _check_target(to)
-    source = policy.root / "models" / policy.folder
-    if base is not None and not (adapter_in(source) / "adapter_config.json").is_file():
-        raise DataError(f"{source}: has no adapter (rank 0 trains all weights); push it whole")
     card = str(policy_card(policy, name_at(to), base))
     if not to.startswith(FOLDER):
         return _to_hub(policy, card, to, base, private)

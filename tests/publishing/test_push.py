@@ -99,7 +99,8 @@ def test_an_adapter_of_this_run_is_pushed_whole_or_on_a_base_that_others_have(ru
     assert all(file.stat().st_mode & 0o200 for file in pushed)
     made = ModelCard.load(run / "adapter/README.md")
     assert made.data.base_model == "owner/sft", "what the hub takes for its base"
-    assert "vllm serve owner/sft --enable-lora --lora-modules policy=adapter" in made.text
+    served = "vllm serve owner/sft --enable-lora --max-lora-rank 8 --lora-modules policy=adapter"
+    assert served in made.text, "of rank 4; without that vLLM has room for 16 alone"
     assert "serves it as it is" not in made.text and "gguf" not in made.text
 
 
@@ -138,6 +139,16 @@ def test_the_card_is_about_the_data_of_the_run_not_of_params_that_were_changed_s
     write_provenance(run, "prepare", {})
     with pytest.raises(DataError, match=r"provenance/prepare\.json: params: .*force prepare"):
         published(run, "sft")
+
+
+def test_a_card_of_an_adapter_that_is_not_there_is_refused_as_its_push_is(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(card, "published", policy)
+    asked = ["sft", "--to", f"file://{run}/out", "--adapter", "--base", "owner/sft"]
+    for given in (asked, [*asked, "--card"]):
+        assert command.main(given) == 2
+        assert "models/sft: has no adapter (rank 0 trains" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("base", ["{run}/private/llama", "/srv/gone/llama", "../gone/llama"])

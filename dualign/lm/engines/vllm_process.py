@@ -22,14 +22,13 @@ from transformers import PreTrainedTokenizerBase
 
 from dualign.core.errors import ModelError, ParamsError
 from dualign.lm.engines.interface import Answer, Request
+from dualign.lm.engines.ranks import RANKS, room_for
 from dualign.lm.models import adapter_base, save
 from dualign.lm.numerics import device_of, precision_of
 from dualign.lm.publish import publish
 from dualign.params.base import Resources
 
 _WORKER = Path(__file__).with_name("vllm_worker.py")
-#: Ranks for which vLLM has room.
-_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 #: What vLLM takes of a GPU's memory that this process leaves free.
 _SHARE = 0.9
 #: Variables of the launcher of several processes, beside those that begin with TORCHELASTIC_.
@@ -84,7 +83,7 @@ def is_plain(model: PeftModel) -> bool:
     """Whether vLLM can hold the adapter beside its base: LoRA alone, of a rank that it has."""
     config: Any = model.peft_config[model.active_adapter]
     more = (config.modules_to_save, config.use_dora, config.rank_pattern, config.bias != "none")
-    return config.r <= _RANKS[-1] and not any(more)
+    return config.r <= RANKS[-1] and not any(more)
 
 
 def _served_folders(
@@ -104,9 +103,8 @@ def _served_folders(
 def _rank(model: torch.nn.Module) -> int:
     """The least rank of vLLM's that holds the adapter."""
     if not isinstance(model, PeftModel):
-        return _RANKS[0]
-    own = model.peft_config[model.active_adapter].r
-    return next((rank for rank in _RANKS if rank >= own), _RANKS[-1])
+        return RANKS[0]
+    return room_for(model.peft_config[model.active_adapter].r)
 
 
 def _dtype(resources: Resources) -> str:
