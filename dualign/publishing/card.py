@@ -44,6 +44,9 @@ from dualign.report.comparison import certified_by
 
 P = TypeVar("P", bound=StageParams)
 
+#: Tells vLLM to draw as a request says, and otherwise from the policy itself.
+_PLAIN = "--generation-config vllm"
+
 COMPARISON = Path("reports/comparison.json")
 #: What the metadata and the table show of a policy, and what it is called.
 _SHOWN = {measure.key: measure.card for measure in MEASURES if measure.card}
@@ -328,7 +331,8 @@ def _loading(policy: Published, name: str, served: str) -> str:
         return "## How to load\n\nSee above: it is a mixture of policies."
     longest = 256 if policy.row is None else policy.row.max_new_tokens
     temperature, top_p = _decoding(policy)
-    how = f"do_sample=True, temperature={temperature}, top_p={top_p}, top_k=0"
+    drawn = f"do_sample=True, temperature={temperature}, top_p={top_p}, top_k=0"
+    how = f"{drawn if temperature else 'do_sample=False'}, repetition_penalty=1.0"
     return f"""## How to load
 
 ```python
@@ -339,11 +343,11 @@ policy = AutoModelForCausalLM.from_pretrained("{name}")
 chat = [{{"role": "user", "content": "..."}}]
 ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, \
 return_tensors="pt", return_dict=True)
-answer = policy.generate(**ids, {how if temperature else "do_sample=False"}, \
-max_new_tokens={longest})
+answer = policy.generate(**ids, {how}, max_new_tokens={longest})
 ```
 
-{served}"""
+{served} Ask it for temperature {temperature:g} and top_p {top_p:g}: what \
+`generation_config.json` says of decoding is the base's own, and not what was measured."""
 
 
 def _served(policy: Published, name: str, base: str | None) -> str:
@@ -351,12 +355,13 @@ def _served(policy: Published, name: str, base: str | None) -> str:
         rank = room_for(_rank(policy.root / "models" / policy.folder))
         return (
             f"It is a LoRA adapter on `{base}`, which Transformers loads with it where `peft` is"
-            f" installed. vLLM serves both: `vllm serve {base} --enable-lora --max-lora-rank {rank}"
-            f" --lora-modules policy={name}`."
+            f" installed. vLLM serves both: `vllm serve {base} {_PLAIN} --enable-lora"
+            f" --max-lora-rank {rank} --lora-modules policy={name}`."
         )
     return (
-        f"vLLM serves it as it is: `vllm serve {name}`. For llama.cpp, in a clone of it, with a"
-        " copy of this folder:\n`python convert_hf_to_gguf.py FOLDER --outfile policy.gguf`."
+        "For llama.cpp, in a clone of it, with a copy of this folder:\n`python"
+        " convert_hf_to_gguf.py FOLDER --outfile policy.gguf`. vLLM serves it as it is:"
+        f" `vllm serve {name} {_PLAIN}`."
     )
 
 

@@ -85,7 +85,7 @@ def test_an_adapter_of_this_run_is_pushed_whole_or_on_a_base_that_others_have(ru
     push(one, f"file://{run}/whole")
     made = ModelCard.load(run / "whole/README.md")
     assert "# reward_dpo/one" in made.text and "More Information Needed" not in made.text
-    assert "`vllm serve whole`" in made.text
+    assert "`vllm serve whole --generation-config vllm`. Ask it for temp" in made.text
     base, whole = (
         AutoModelForCausalLM.from_pretrained(folder).state_dict()
         for folder in (run / "models/sft", run / "whole")
@@ -99,8 +99,8 @@ def test_an_adapter_of_this_run_is_pushed_whole_or_on_a_base_that_others_have(ru
     assert all(file.stat().st_mode & 0o200 for file in pushed)
     made = ModelCard.load(run / "adapter/README.md")
     assert made.data.base_model == "owner/sft", "what the hub takes for its base"
-    served = "vllm serve owner/sft --enable-lora --max-lora-rank 8 --lora-modules policy=adapter"
-    assert served in made.text, "of rank 4; without that vLLM has room for 16 alone"
+    served = "vllm serve owner/sft --generation-config vllm --enable-lora --max-lora-rank 8"
+    assert f"{served} --lora-modules policy=adapter" in made.text, "of rank 4; else for 16 alone"
     assert "serves it as it is" not in made.text and "gguf" not in made.text
 
 
@@ -139,6 +139,22 @@ def test_the_card_is_about_the_data_of_the_run_not_of_params_that_were_changed_s
     write_provenance(run, "prepare", {})
     with pytest.raises(DataError, match=r"provenance/prepare\.json: params: .*force prepare"):
         published(run, "sft")
+
+
+def test_a_policy_is_loaded_to_draw_as_it_was_measured_whatever_its_base_draws_by(
+    run: Path,
+) -> None:
+    """What Qwen2.5-0.5B-Instruct and its relatives have in their generation_config.json."""
+    own = {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.1}
+    config = run / "models/sft/generation_config.json"
+    write_json(config, read_json(config) | own | {"do_sample": True})
+    push(policy(run, "reward_dpo/one"), f"file://{run}/out")
+    kept = read_json(run / "out/generation_config.json")
+    assert {key: kept[key] for key in own} == own
+    call = (run / "out/README.md").read_text().partition("policy.generate(**ids, ")[2]
+    assert call.startswith(
+        "do_sample=True, temperature=1.0, top_p=1.0, top_k=0, repetition_penalty=1.0, max_new"
+    )
 
 
 def test_a_card_of_an_adapter_that_is_not_there_is_refused_as_its_push_is(
@@ -192,7 +208,7 @@ def test_the_certificate_is_the_one_that_came_with_the_policy(run: Path) -> None
             "drawn at temperature 0.7 and top_p 0.9",
             "temperature=0.7",
         ),
-        ({"temperature": 0.0}, "drawn greedily", "**ids, do_sample=False, max"),
+        ({"temperature": 0.0}, "drawn greedily", "**ids, do_sample=False, rep"),
     ):
         write_json(run / "reports/metrics/certify/strict.json", as_row(found) | how)
         card_of = policy_card(published(run, "certified/strict"), "o/it").text
