@@ -26,7 +26,7 @@ from dualign.params.judging import REPLY_LENGTHS, OpenaiJudge
 
 log = logging.getLogger(__name__)
 
-#: How often a call is made whose reply holds no verdict, and how many calls in a row may be lost.
+#: How often a call is made whose reply holds no verdict, and how many questions in a row may fail.
 ATTEMPTS = 2
 MAX_LOST = 10
 #: Bytes of text to a token, on the low side, so that a budget is reckoned on the high side.
@@ -95,8 +95,8 @@ class Endpoint:
         self._lock = threading.Lock()
         self._by_schema = True
         self._answers = False
-        self._lost_in_a_row = 0
-        self._losses: set[str] = set()
+        self._failures_in_a_row = 0
+        self._failures: set[str] = set()
         self._spent = 0.0
         #: Calls of this run (tries of the client are one), and questions that needed none, since
         #: they are known or equal to another one.
@@ -178,20 +178,21 @@ class Endpoint:
 
     def _ask(self, key: str, ask: Ask) -> str | None:
         """Get one reply into the cache; returns why there is none."""
-        failure = ""
+        failure = Unusable()
         for _ in range(ATTEMPTS):
             try:
                 reply = self._call(ask)
                 ask.question.read(reply.text)
-            except _Lost as error:
-                self._count_lost(error)
-                return str(error)
             except Unusable as error:
-                failure = str(error)
+                failure = error
+                if isinstance(error, _Lost):
+                    break
                 continue
             self._cache.put(key, reply)
+            self._count_answer()
             return None
-        return failure
+        self._count_failure(failure)
+        return str(failure)
 
     def _call(self, ask: Ask) -> Answered:
         """One reply to one call."""
@@ -248,9 +249,6 @@ class Endpoint:
             raise _Lost(f"no answer in {self._spec.timeout:g} s") from None
         except openai.APIConnectionError:
             raise _Lost("no connection") from None
-        with self._lock:
-            self._lost_in_a_row = 0
-            self._answers = True
         return str(response.text)
 
     def _lost(self, error: openai.APIStatusError) -> DualignError:
@@ -264,21 +262,27 @@ class Endpoint:
         kind = _Refused if status in _REFUSALS else _Lost
         return kind(f"HTTP {status}", _told(error, self._client.api_key))
 
-    def _count_lost(self, lost: _Lost) -> None:
-        """Stop after many in a row. Refusals count only where nothing else was ever heard: by what
-        they are asked about, many may follow each other."""
+    def _count_answer(self) -> None:
         with self._lock:
-            if str(lost) not in self._losses:
-                log.warning("%s: no reply to some questions: %s%s", self._where, lost, lost.told)
-            self._losses.add(str(lost))
-            if self._answers and isinstance(lost, _Refused):
+            self._answers = True
+            self._failures_in_a_row = 0
+
+    def _count_failure(self, failure: Unusable) -> None:
+        """Stop after many in a row. What a server refuses, or replies without a verdict, counts
+        only where there never was one: by what is asked, many such may follow each other."""
+        told = failure.told if isinstance(failure, _Lost) else ""
+        with self._lock:
+            if told and str(failure) not in self._failures:
+                log.warning("%s: no reply to some questions: %s%s", self._where, failure, told)
+            self._failures.add(str(failure))
+            if self._answers and (isinstance(failure, _Refused) or not isinstance(failure, _Lost)):
                 return
-            self._lost_in_a_row += 1
-            if self._lost_in_a_row >= MAX_LOST:
+            self._failures_in_a_row += 1
+            if self._failures_in_a_row >= MAX_LOST:
                 raise DualignError(
-                    f"{self._where}: {MAX_LOST} calls in a row were lost ({lost}{lost.told}); see"
-                    f" to {self._spec.base_url} and to this judge's model, parameters and key, and"
-                    " run the stage again, which asks only for the rest"
+                    f"{self._where}: {MAX_LOST} questions in a row came to nothing"
+                    f" ({failure}{told}); see to {self._spec.base_url} and to this judge's model,"
+                    " parameters and key, and run the stage again, which asks only for the rest"
                 )
 
 

@@ -346,10 +346,32 @@ def test_a_server_that_refuses_every_question_is_told_in_its_own_words_without_t
     caplog.set_level(logging.DEBUG)
     with ChatServer(lambda text, before: deed) as server:
         endpoint = Endpoint("gpt", spec(server.url, parallel=1, retries=0), cache)
-        with pytest.raises(DualignError, match=f"{MAX_LOST} calls in a row .*{told}") as caught:
-            endpoint(asks(30))
-        assert endpoint.calls < MAX_LOST + 3
+        with pytest.raises(DualignError, match=f"{MAX_LOST} questions in a row .*{told}") as caught:
+            endpoint(asks(100))
+        assert endpoint.calls < 50, "those under way when the tenth fails are answered too"
     assert KEY[:8] not in str(caught.value) + caplog.text
+
+
+@pytest.mark.parametrize(
+    ("deed", "told"),
+    [
+        ("cut", "cut off at its length limit"),
+        ("page", "no chat completion"),
+        ("refusal", "refused"),
+    ],
+)
+def test_a_model_that_never_comes_to_a_verdict_is_not_paid_for_every_question(
+    cache: Cache, deed: str, told: str
+) -> None:
+    """A thinking model that `max_tokens` cuts off each time, say."""
+    with ChatServer(lambda text, before: deed) as server:
+        endpoint = Endpoint("gpt", spec(server.url, parallel=1), cache)
+        with pytest.raises(DualignError, match=rf"came to nothing \({told}\); see to"):
+            endpoint(asks(100))
+        assert endpoint.calls < 50
+        server.plan = lambda text, before: "well" if before < 9 and " 1" in text else deed
+        several = Endpoint("gpt", spec(server.url, parallel=1), cache)(asks(40))
+    assert len([each for each in verdicts(several) if each is None]) == 29
 
 
 @pytest.mark.parametrize("deed", ["400 The prompt is too long", "403 Your input was flagged"])
@@ -405,7 +427,7 @@ def test_a_proxy_that_cannot_be_used_is_told_in_one_line(
 def test_an_endpoint_that_is_down_stops_the_judge(cache: Cache) -> None:
     nobody = spec("http://127.0.0.1:1/v1", retries=0)
     with pytest.raises(
-        DualignError, match=rf"{MAX_LOST} calls in a row were lost \(no connection\)"
+        DualignError, match=rf"{MAX_LOST} questions in a row came to nothing \(no connection\)"
     ):
         Endpoint("gpt", nobody, cache)(asks(30))
 
