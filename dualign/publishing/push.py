@@ -25,8 +25,13 @@ from dualign.publishing.card import Published, policy_card
 
 FOLDER = "file://"
 #: What a policy that was pushed before may have left at the hub, and would be loaded for this one:
-#: weights in one file beside others in shards, an adapter, a mixture.
-_OF_A_POLICY = ["*.safetensors", "*.bin", "*.json", "*.jinja", "*.model"]
+#: weights in one file beside others in shards, an adapter, a mixture, another tokenizer.
+_OF_A_POLICY = [
+    *("*.safetensors", "*.safetensors.index.json", "*adapter_config.json", "mixture.json"),
+    "*pytorch_model*.bin*",
+    *("*config.json", "*chat_template.jinja", "*tokenizer.json", "*tokenizer.model"),
+    *("*special_tokens_map.json", "*added_tokens.json", "*vocab.json", "*merges.txt"),
+]
 #: What the hub's client raises of the hub and of the network.
 _OF_HUB = (HTTPError, OSError)
 _LOG_IN = "`hf auth login` as one who may write there, or put such a token into HF_TOKEN"

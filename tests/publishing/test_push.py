@@ -375,7 +375,7 @@ def test_what_another_policy_left_in_a_repository_goes_with_its_weights(
     run: Path, hub: type[Hub]
 ) -> None:
     """Transformers loads `model.safetensors` of before in place of the card's own shards."""
-    kept = ["README.md", "config.json", ".gitattributes", "chart.png", "policy.gguf"]
+    kept = ["README.md", "config.json", ".gitattributes", "chart.png", "policy.gguf", "own.json"]
     gone = ["model.safetensors.index.json", "pytorch_model.bin", "component-0/config.json"]
     gone += ["model-00001-of-00002.safetensors", "adapter/adapter_model.safetensors"]
     hub.said = {
