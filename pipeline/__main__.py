@@ -435,7 +435,8 @@ def _status(arguments: argparse.Namespace) -> int:
     server.use_running()
     from pipeline.prefect.history import last_runs
 
-    _say(last_runs(arguments.last, "" if arguments.all else identity.name(Path.cwd())))
+    with server.own_server():
+        _say(last_runs(arguments.last, "" if arguments.all else identity.name(Path.cwd())))
     return 0
 
 

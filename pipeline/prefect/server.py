@@ -7,10 +7,12 @@ import contextlib
 import functools
 import os
 import signal
+import tempfile
 import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from pipeline.errors import PipelineError
@@ -135,12 +137,15 @@ def use_running() -> None:
 
 @contextlib.contextmanager
 def own_server() -> Iterator[None]:
-    """Around Prefect's own server: raises PipelineError if it does not come up in time."""
+    """Around Prefect's own server: raises PipelineError if it does not come up in time, or has no
+    place for its records.
+    """
     from prefect.settings import get_current_settings
 
     settings = get_current_settings()
     try:
         if not settings.api.url and settings.server.ephemeral.enabled:
+            _check_home(settings.home)
             _start()
         yield
     except RuntimeError as error:
@@ -150,6 +155,18 @@ def own_server() -> Iterator[None]:
             "Prefect's own server did not come up; start one in another terminal, prefect server"
             " start, or give it more time: PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS=600"
         ) from error
+
+
+def _check_home(home: Path) -> None:
+    """Raise PipelineError where Prefect's folder cannot be written, as homes on many nodes."""
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=home).close()
+    except OSError as error:
+        raise PipelineError(
+            f"{home}: Prefect's server cannot keep its records there ({error.strerror}); export"
+            " PREFECT_HOME=FOLDER names another place"
+        ) from None
 
 
 def _start() -> None:

@@ -86,6 +86,15 @@ def test_a_proxy_is_not_asked_for_this_machine_and_told_of_where_it_is_asked(
     assert code == 2 and "http_proxy is asked for it, export no_proxy=login.invalid," in said
 
 
+@pytest.mark.parametrize("command", ["run", "status"])
+def test_a_home_that_cannot_be_written_is_one_line(project: Project, command: str) -> None:
+    """`status` ended with a traceback, `run` with the advice to wait longer."""
+    home = Path("/proc/nowhere")  # read-only for root too
+    code, said = told(project, home, "pipeline", command)
+    assert code == 2 and "Traceback" not in said
+    assert f"{home}: Prefect's server cannot keep its records there" in said.splitlines()[-1]
+
+
 def test_a_server_of_ones_own_that_does_not_come_up_is_one_line(
     project: Project, home: Path
 ) -> None:
