@@ -18,7 +18,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
@@ -30,6 +29,7 @@ from transformers.pytorch_utils import Conv1D
 from dualign.core import ranks
 from dualign.core.errors import ModelError, ParamsError
 from dualign.core.records import AdapterConfig, read_record
+from dualign.lm.decoding import beside, instead_of
 from dualign.lm.frozen import frozen, own
 from dualign.lm.loading import (
     first_line,
@@ -48,7 +48,7 @@ from dualign.lm.numerics import (
 )
 from dualign.lm.quantised import folded, is_quantised
 from dualign.lm.templates import own_template, read_template, settle
-from dualign.lm.tokens import PLAIN_TEMPLATE, TEMPLATE, told
+from dualign.lm.tokens import PLAIN_TEMPLATE, TEMPLATE
 from dualign.params.base import LoraParams, Resources
 from dualign.params.models import ScratchParams
 
@@ -271,8 +271,8 @@ def fit_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
     """Make the model's embeddings, special ids and end tokens agree with the tokenizer.
 
     New rows are the mean of the others, and the vocabulary is rounded up to a multiple of 64.
-    Generation ends at every token that ends a turn or that the base ends a text with; other
-    settings of sampling are dropped where they are not valid."""
+    Generation ends at every token that ends a turn or that the base ends a text with. It is to draw
+    as policies are measured, at temperature 1 and without a penalty, whatever the base asks for."""
     known = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > known:
         with seeded(0):
@@ -287,7 +287,9 @@ def fit_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
         config.eos_token_id = tokenizer.eos_token_id
     generation = getattr(model, "generation_config", None)
     if generation is not None:
-        model.generation_config = _savable(generation)
+        if others := beside(generation):
+            log.info("generation_config.json of policies leaves out the base's %s", others)
+        model.generation_config = instead_of(generation)
         model.generation_config.pad_token_id = tokenizer.pad_token_id
         model.generation_config.eos_token_id = ends if len(ends) > 1 else ends[0]
 
@@ -301,20 +303,6 @@ def _take_means(model: PreTrainedModel, known: int) -> None:
     for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
         for weight in () if layer is None else layer.parameters():
             weight[known:] = weight[:known].float().mean(0)
-
-
-def _savable(config: GenerationConfig) -> GenerationConfig:
-    """The settings if they can be saved; else none but the tokens, since dualign samples in its own
-    way.
-    """
-    try:
-        config.validate(strict=True)
-    except ValueError as error:
-        log.warning(
-            "generation_config.json is left out, since it cannot be saved (%s)", told(error)
-        )
-        return GenerationConfig(bos_token_id=config.bos_token_id)
-    return config
 
 
 @contextlib.contextmanager

@@ -44,7 +44,7 @@ from dualign.report.comparison import certified_by
 
 P = TypeVar("P", bound=StageParams)
 
-#: Tells vLLM to draw as a request says, and otherwise from the policy itself.
+#: Tells vLLM to draw as a request says, and otherwise from the policy itself, not as its base asks.
 _PLAIN = "--generation-config vllm"
 
 COMPARISON = Path("reports/comparison.json")
@@ -310,7 +310,7 @@ def _elsewhere(place: str) -> str:
 
 
 def _limits(policy: Published) -> str:
-    drawn = decoding_in_words(*_decoding(policy)) or "drawn at temperature 1"
+    drawn = decoding_in_words(*decoding_of(policy)) or "drawn at temperature 1"
     known = "measured" if policy.certificate is None else "certified"
     return (
         "## Limits\n\nThe limit is on an *expected* cost by a learned cost model: single answers"
@@ -320,7 +320,7 @@ def _limits(policy: Published) -> str:
     )
 
 
-def _decoding(policy: Published) -> tuple[float, float]:
+def decoding_of(policy: Published) -> tuple[float, float]:
     """Temperature and top-p of what is known of the policy: those of its certificate, or 1."""
     found = policy.certificate
     return (1.0, 1.0) if found is None else (found.temperature, found.top_p)
@@ -330,7 +330,7 @@ def _loading(policy: Published, name: str, served: str) -> str:
     if (policy.root / "models" / policy.folder / MIXTURE).is_file():
         return "## How to load\n\nSee above: it is a mixture of policies."
     longest = 256 if policy.row is None else policy.row.max_new_tokens
-    temperature, top_p = _decoding(policy)
+    temperature, top_p = decoding_of(policy)
     drawn = f"do_sample=True, temperature={temperature}, top_p={top_p}, top_k=0"
     how = f"{drawn if temperature else 'do_sample=False'}, repetition_penalty=1.0"
     return f"""## How to load
@@ -346,22 +346,24 @@ return_tensors="pt", return_dict=True)
 answer = policy.generate(**ids, {how}, max_new_tokens={longest})
 ```
 
-{served} Ask it for temperature {temperature:g} and top_p {top_p:g}: what \
-`generation_config.json` says of decoding is the base's own, and not what was measured."""
+{served}"""
 
 
 def _served(policy: Published, name: str, base: str | None) -> str:
     if base is not None:
+        temperature, top_p = decoding_of(policy)
         rank = room_for(_rank(policy.root / "models" / policy.folder))
         return (
             f"It is a LoRA adapter on `{base}`, which Transformers loads with it where `peft` is"
             f" installed. vLLM serves both: `vllm serve {base} {_PLAIN} --enable-lora"
-            f" --max-lora-rank {rank} --lora-modules policy={name}`."
+            f" --max-lora-rank {rank} --lora-modules policy={name}`. Ask it for temperature"
+            f" {temperature:g} and top_p {top_p:g}, as was measured: the base's own"
+            " `generation_config.json` may say otherwise."
         )
     return (
         "For llama.cpp, in a clone of it, with a copy of this folder:\n`python"
-        " convert_hf_to_gguf.py FOLDER --outfile policy.gguf`. vLLM serves it as it is:"
-        f" `vllm serve {name} {_PLAIN}`."
+        " convert_hf_to_gguf.py FOLDER --outfile policy.gguf`. vLLM serves it as it is, and draws"
+        f" as it was measured, by its `generation_config.json`: `vllm serve {name}`."
     )
 
 

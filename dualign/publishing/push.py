@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,8 +21,8 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from dualign.core.artifacts import copy_folder, replacing
 from dualign.core.errors import DataError
-from dualign.lm.folders import adapter_in
-from dualign.publishing.card import Published, policy_card
+from dualign.lm.folders import ADAPTER, MIXTURE, adapter_in
+from dualign.publishing.card import Published, decoding_of, policy_card
 
 FOLDER = "file://"
 #: What a policy that was pushed before may have left at the hub, and would be loaded for this one:
@@ -71,9 +72,13 @@ def staged(policy: Published, card: str, out: Path, base: str | None) -> None:
     """Write to a new folder `out` what is pushed: policy or adapter on `base`, and the card."""
     source = policy.root / "models" / policy.folder
     if base is None:
-        from dualign.lm.publish import publish  # torch, which a refusal need not wait for
+        from dualign.lm.decoding import rewrite  # torch, which a refusal need not wait for
+        from dualign.lm.publish import publish
 
         publish(source, out)
+        shutil.rmtree(out / ADAPTER, ignore_errors=True)  # on a base that nobody else calls so
+        if not (out / MIXTURE).is_file():
+            rewrite(out, *decoding_of(policy))
     else:
         copy_folder(adapter_in(source), out)
         config = out / "adapter_config.json"

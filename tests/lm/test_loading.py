@@ -22,6 +22,7 @@ from transformers import (
     BertConfig,
     Gemma2Config,
     Gemma3TextConfig,
+    GenerationConfig,
     GPT2Config,
     LlamaConfig,
     MistralConfig,
@@ -639,28 +640,32 @@ def test_an_adapter_is_no_backbone_even_with_its_base_beside_it(adapter: Path, l
 # --- settings and context -------------------------------------------------------------------------
 
 
-def test_settings_of_sampling_that_cannot_be_saved_are_left_out(
-    llama: Path, resources: Resources, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"do_sample": False, "temperature": 0.6, "top_p": 0.9},  # which transformers does not save
+        {"do_sample": True, "temperature": 0.7, "top_k": 20, "repetition_penalty": 1.1},
+    ],
+)
+def test_how_a_base_is_drawn_is_left_out_of_policies(
+    llama: Path, resources: Resources, caplog: pytest.LogCaptureFixture, asked: dict[str, Any]
 ) -> None:
-    """As some bases ship: a temperature for a sampler that is switched off."""
-    settings = {
-        "do_sample": False,
-        "temperature": 0.6,
-        "top_p": 0.9,
-        "bos_token_id": 1,
-        "eos_token_id": [2, 5],
-    }
+    """A policy is served as it was measured, by transformers and by vLLM."""
+    settings = {**asked, "bos_token_id": 1, "eos_token_id": [2, 5]}
     (llama / "generation_config.json").write_text(json.dumps(settings))
     tokenizer = byte_level(CHATS["zephyr"])
     tokenizer.pad_token = "<unk>"
     model = models.load_policy(llama, resources)
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.INFO):
         models.fit_vocabulary(model, tokenizer)
-    assert caplog.text.count("generation_config.json is left out, since it cannot be saved") == 1
-    assert "(GenerationConfig is invalid: - `temperature`" in caplog.text
+    assert caplog.text.count("generation_config.json of policies leaves out the base's") == 1
+    assert all(repr(name) in caplog.text for name in asked if name != "do_sample")
     models.save(model, tokenizer, llama.parent / "saved")
     saved = json.loads((llama.parent / "saved" / "generation_config.json").read_text())
-    assert "temperature" not in saved and saved["bos_token_id"] == 1
+    assert saved["bos_token_id"] == 1
+    config = GenerationConfig.from_pretrained(llama.parent / "saved")
+    assert config.do_sample and config.temperature in (None, 1.0) and config.top_p in (None, 1.0)
+    assert config.top_k == 0 and config.repetition_penalty in (None, 1.0)
     assert set(saved["eos_token_id"]) == {tokenizer.eos_token_id, 5}
     models.load_policy(llama.parent / "saved", resources)
 

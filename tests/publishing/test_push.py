@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from huggingface_hub import ModelCard, constants
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from dualign.certify.certificate import Certificate
 from dualign.certify.evidence import files
@@ -27,6 +27,7 @@ from dualign.core.records import Certified, Comparison, Provenance, as_row
 from dualign.data import world
 from dualign.lm import models
 from dualign.lm.card import HEAD
+from dualign.lm.decoding import beside
 from dualign.params.base import LoraParams, Resources
 from dualign.params.data import PrepareParams, SourceSpec
 from dualign.params.loading import load, load_resources
@@ -85,7 +86,8 @@ def test_an_adapter_of_this_run_is_pushed_whole_or_on_a_base_that_others_have(ru
     push(one, f"file://{run}/whole")
     made = ModelCard.load(run / "whole/README.md")
     assert "# reward_dpo/one" in made.text and "More Information Needed" not in made.text
-    assert "`vllm serve whole --generation-config vllm`. Ask it for temp" in made.text
+    assert "by its `generation_config.json`: `vllm serve whole`." in made.text
+    assert not (run / "whole/adapter").exists(), "it is on a base that nobody else has"
     base, whole = (
         AutoModelForCausalLM.from_pretrained(folder).state_dict()
         for folder in (run / "models/sft", run / "whole")
@@ -95,8 +97,7 @@ def test_an_adapter_of_this_run_is_pushed_whole_or_on_a_base_that_others_have(ru
     push(one, f"file://{run}/adapter", "owner/sft")
     config = read_json(run / "adapter/adapter_config.json")
     assert config["base_model_name_or_path"] == "owner/sft"
-    pushed = [*(run / "adapter").iterdir(), *(run / "whole/adapter").iterdir()]
-    assert all(file.stat().st_mode & 0o200 for file in pushed)
+    assert all(file.stat().st_mode & 0o200 for file in (run / "adapter").iterdir())
     made = ModelCard.load(run / "adapter/README.md")
     assert made.data.base_model == "owner/sft", "what the hub takes for its base"
     served = "vllm serve owner/sft --generation-config vllm --enable-lora --max-lora-rank 8"
@@ -149,8 +150,8 @@ def test_a_policy_is_loaded_to_draw_as_it_was_measured_whatever_its_base_draws_b
     config = run / "models/sft/generation_config.json"
     write_json(config, read_json(config) | own | {"do_sample": True})
     push(policy(run, "reward_dpo/one"), f"file://{run}/out")
-    kept = read_json(run / "out/generation_config.json")
-    assert {key: kept[key] for key in own} == own
+    kept = GenerationConfig.from_pretrained(run / "out")
+    assert kept.do_sample and kept.top_k == 0 and not beside(kept)
     call = (run / "out/README.md").read_text().partition("policy.generate(**ids, ")[2]
     assert call.startswith(
         "do_sample=True, temperature=1.0, top_p=1.0, top_k=0, repetition_penalty=1.0, max_new"

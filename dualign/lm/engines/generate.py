@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
@@ -12,6 +11,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from dualign.core import ranks
 from dualign.core.progress import Progress
 from dualign.lm.batches import by_length
+from dualign.lm.decoding import drawing
 from dualign.lm.engines.interface import (
     Answer,
     Request,
@@ -48,15 +48,13 @@ def answer(
 
 
 def decoding(request: Request, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
-    """What is drawn; at temperature 0 the likeliest token."""
-    shared: dict[str, Any] = {
-        "max_new_tokens": request.max_new_tokens,
-        "eos_token_id": list(request.ends),
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    if request.decoding.temperature == 0:
-        return GenerationConfig(do_sample=False, **shared)
-    return GenerationConfig(do_sample=True, top_k=0, **request.decoding._asdict(), **shared)
+    """What is drawn."""
+    return drawing(
+        *request.decoding,
+        max_new_tokens=request.max_new_tokens,
+        eos_token_id=list(request.ends),
+        pad_token_id=tokenizer.pad_token_id,
+    )
 
 
 @contextlib.contextmanager
