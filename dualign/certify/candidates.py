@@ -263,8 +263,9 @@ def forecast(test: CandidateTest, found: Certificate) -> int | None:
     of (z_{1-delta} + z_0.8) standard errors. What skewness adds to the distance falls as 1 / N, so
     for skewed costs the number is on the safe side. The bound of a share of which none was seen
     falls as 1 / N (the exact one is 1 - delta^(1 / N)): there it is the number that passes if again
-    none is seen. None for a candidate that passed, and where no number of prompts would do: an
-    estimate is above its limit, or answers that others drew are worth less than `LEAST_ESS`.
+    none is seen. A limit on some of the prompts, which the first one is not, takes as many more in
+    all as they are few. None for a candidate that passed, and where no number of prompts would do:
+    an estimate is above its limit, or answers that others drew are worth less than `LEAST_ESS`.
     """
     if test.ess is not None and test.ess < LEAST_ESS:
         return None
@@ -286,5 +287,6 @@ def forecast(test: CandidateTest, found: Certificate) -> int | None:
             prompts = _GROWTH * check.prompts * check.bound / required.limit
         else:
             prompts = check.prompts * (power * (check.bound - check.estimate) / margin) ** 2
-        needed.append(math.ceil(prompts))
+        share = check.prompts / test.checks[0].prompts if required.prompts else 1.0
+        needed.append(math.ceil(prompts / share))
     return max(needed, default=None)

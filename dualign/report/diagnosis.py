@@ -252,7 +252,7 @@ def prompts_gain(
     return PromptsGain(
         promise=required_in_words(required),
         labelled=required.quantity in ("truth", "harm"),
-        one=_reach(check) / (2 * check.prompts),
+        one=share * _reach(check) / (2 * check.prompts),
         twice=twice,
         worth=None if price is None else price * share * twice,
     )

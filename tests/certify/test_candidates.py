@@ -121,6 +121,33 @@ def test_the_forecast_is_that_of_the_plan() -> None:
     assert forecast(uneven, found) is None, "more prompts make no weight more even"
 
 
+def test_the_forecast_of_a_limit_on_some_prompts_counts_all_that_are_drawn() -> None:
+    """Of 400 prompts a quarter is of the group, whose costs spread by 2: the plan's number of these
+    is there four times in five where four times as many are drawn.
+    """
+    on_some = Requirement(
+        name="heat", quantity="cost", limit=0.0, method="clustered_t", prompts="oven"
+    )
+    kept = Check(
+        requirement="c", prompts=400, answers=400, estimate=-1.0, bound=-0.9, raised=0.0, kept=True
+    )
+    reach = 1.6449 * 2.0 / 10
+    failed = kept.model_copy(
+        update={"prompts": 100, "estimate": -0.1, "bound": reach - 0.1, "kept": False}
+    )
+    test = CandidateTest(name="a", checks=(kept, failed), certified=False)
+    whole = Requirement(name="c", quantity="cost", limit=0.0, method="clustered_t")
+    found = certificate(whole).model_copy(update={"requirements": (whole, on_some)})
+    count = forecast(test, found)
+    assert count is not None and count == pytest.approx(4 * sample_size(2.0, 0.1), abs=8)
+
+    rng = np.random.default_rng(0)
+    member = rng.random((400, count)) < 0.25
+    costs = rng.normal(-0.1, 2.0, member.shape)
+    passed = [t_bound(row[of], 0.05) <= 0 for row, of in zip(costs, member, strict=True)]
+    assert 0.72 < np.mean(passed) < 0.88
+
+
 def test_the_forecast_of_skewed_costs_is_on_the_safe_side() -> None:
     """Exponential costs of 100 prompts, the limit a standard error above the mean; then 1000 data
     sets of that size.

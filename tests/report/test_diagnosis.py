@@ -296,6 +296,8 @@ def test_a_gain_on_some_prompts_is_worth_their_share_and_one_on_votes_is_not_pri
     on_some = [required("cost", "c", 1.0), required("p_unsafe", "rare", 0.1, prompts="child")]
     found = prompts_gain(outcome(check(-0.3, -0.2), check(0.05, 0.09, prompts=100)), on_some, DUAL)
     assert found is not None and found.worth == pytest.approx(5.0 * 0.25 * found.twice)
+    one_of_all = 0.04 - 0.04 * (100 / 100.25) ** 0.5  # of one more prompt a quarter is of these
+    assert found.one == pytest.approx(one_of_all, rel=0.01)
     people = [required("cost", "c", 1.0), required("harm", "called unsafe", 0.1)]
     voted = prompts_gain(outcome(check(-0.3, -0.2), check(0.05, 0.09)), people, DUAL)
     assert voted is not None and voted.worth is None and voted.labelled
