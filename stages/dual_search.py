@@ -30,6 +30,7 @@ from dualign.search.start import (
     as_started,
     check,
     goal,
+    is_priced,
     start_prices,
     steerable,
     trainings,
@@ -128,6 +129,7 @@ def context(
         lam_reference=reference.lam or 0.0 if path else 0.0,
         target_cost=target,
         prices=start_prices(row, start, prices_in(solved.prices), DUAL),
+        priced=is_priced(start, DUAL),
     )
 
 

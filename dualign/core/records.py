@@ -308,6 +308,7 @@ class SearchResult(Record):
     generated_tokens: int
     labels: int
     stopped: str
+    priced: bool = False
     comparisons: int | None = None
     feasible: bool | None = None
     history: list[HistoryRow] | None = None
@@ -484,6 +485,7 @@ class ComparedPolicy(Record):
     merge_weight: float | None
     on_curve: bool
     tilts: bool
+    priced: bool = False
     method: str | None
     title: str | None
     rule: str | None

@@ -235,7 +235,7 @@ def _method(policy: Published) -> str:
     """What it was trained for, where that is a tilt by reward and cost; what a merge stands for."""
     if policy.row is None or policy.row.lam is None or not policy.row.tilts:
         return ""
-    others = ", and the prices of its other limits" if policy.row.additional else ""
+    others = ", and the prices of its other limits" if policy.row.priced else ""
     weight = policy.row.merge_weight
     merge = "" if weight is None else f"A merge of weight {weight:.4g}, to first order that for: "
     return (

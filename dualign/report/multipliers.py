@@ -7,7 +7,7 @@ q b of two such policies is one too, to first order, at (1 - q) lambda_a + q lam
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dualign.core.records import (
@@ -23,6 +23,9 @@ from dualign.core.records import (
 )
 from dualign.params.training import TILTING
 
+#: The pool's dual, by the name that trainings at its multiplier give it.
+DUAL = Path("data/dual/dual.json")
+
 
 @dataclass(frozen=True)
 class Multiplier:
@@ -33,17 +36,18 @@ class Multiplier:
     model at KL weight beta, no mixture or naive merge, and so may be merged on. `on_curve`: whether
     the predicted frontier at `lam` is about this policy; besides, the prices of additional
     constraints must be those of the curve, not corrected by a search or taken in another share by a
-    merge."""
+    merge. `priced`: it was trained at any."""
 
     lam: float | None = None
     merge_weight: float | None = None
     on_curve: bool = True
     tilts: bool = True
+    priced: bool = False
 
 
 def solved_dual(root: Path) -> SolvedDual | None:
     """The pool's dual; None where it was not solved."""
-    return read_optional_record(root / "data/dual/dual.json", SolvedDual)
+    return read_optional_record(root / DUAL, SolvedDual)
 
 
 def search_of(root: Path, folder: str) -> SearchResult | None:
@@ -62,8 +66,10 @@ def nominal_multiplier(
     if kind == "aligned":
         return _searched(search_of(root, folder), _prices(root))
     metrics = root / "reports/metrics"
-    trained = (metrics / f"{folder}.json").is_file()
-    return Multiplier(_trained(read_trained(metrics, folder)) if trained else None)
+    if not (metrics / f"{folder}.json").is_file():
+        return Multiplier()
+    trained = read_trained(metrics, folder)
+    return _priced(Multiplier(_trained(trained)), _taken(trained, _prices(root)), _prices(root))
 
 
 def merged_multiplier(q: float, lam: float | None, partner: float | None) -> float | None:
@@ -82,10 +88,11 @@ def _certified(root: Path, certificate: Certified | None) -> Multiplier:
     partner = nominal_multiplier(root, test.partner, {})
     if test.q == 1.0:
         return policy
+    priced = policy.priced or partner.priced
     if not (policy.tilts and partner.tilts):
-        return Multiplier(None, test.q, on_curve=False, tilts=False)
+        return Multiplier(None, test.q, on_curve=False, tilts=False, priced=priced)
     lam = merged_multiplier(test.q, policy.lam, partner.lam)
-    return Multiplier(lam, test.q, on_curve=not any(_prices(root)))
+    return Multiplier(lam, test.q, on_curve=not any(_prices(root)), priced=priced)
 
 
 def _searched(search: SearchResult | None, prices: list[float]) -> Multiplier:
@@ -93,7 +100,20 @@ def _searched(search: SearchResult | None, prices: list[float]) -> Multiplier:
         return Multiplier()
     chosen = search.steps[search.chosen]
     tilts = search.returns != "mixture" and not search.naive
-    return Multiplier(chosen.lam, chosen.q, tilts and chosen.prices in ([], prices), tilts)
+    share = 1.0 if chosen.q is None else chosen.q  # what a merge is with has none
+    taken = chosen.prices or [share * search.priced * price for price in prices]
+    return _priced(Multiplier(chosen.lam, chosen.q, tilts, tilts), taken, prices)
+
+
+def _priced(found: Multiplier, taken: list[float], prices: list[float]) -> Multiplier:
+    """The multiplier of a policy that took these prices, where the curve has `prices`."""
+    return replace(found, on_curve=found.on_curve and taken == prices, priced=any(taken))
+
+
+def _taken(policy: Trained, prices: list[float]) -> list[float]:
+    """The prices that a training took: the pool's beside the pool's multiplier, else none."""
+    paid = isinstance(policy, LagrangianMetrics) and policy.lam_from == str(DUAL)
+    return [paid * price for price in prices]
 
 
 def _prices(root: Path) -> list[float]:

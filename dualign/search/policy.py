@@ -37,7 +37,7 @@ class SearchContext:
     The pool's multiplier and the start's, the Slater radius of a projected rule (infinite without
     one), whether a merge is naive, its start having been trained from pi_ref, the multiplier of its
     reference, the cost to steer to (None: the limit), and the prices of additional constraints that
-    the start was trained at, where the rule corrects them."""
+    the start was trained at, where the rule corrects them. `priced`: it was at the pool's."""
 
     lam_pool: float
     lam_start: float
@@ -46,6 +46,7 @@ class SearchContext:
     lam_reference: float = 0.0
     target_cost: float | None = None
     prices: tuple[float, ...] = ()
+    priced: bool = False
 
 
 @dataclass(frozen=True)

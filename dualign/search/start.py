@@ -165,9 +165,16 @@ def start_prices(
     plan: Plan, start: TrainedPolicy, prices: Sequence[Price], solved: Path
 ) -> tuple[float, ...]:
     """The prices that Newton's rule begins at: those `solved` for the pool, or 0 where the start
-    took its multiplier by number. Other rules correct none.
+    took none. Other rules correct none.
     """
     if plan.method.rule != "newton":
         return ()
-    paid = start.lam_from == str(solved)
+    paid = is_priced(start, solved)
     return tuple(price.lam if paid else 0.0 for price in prices)
+
+
+def is_priced(start: TrainedPolicy, solved: Path) -> bool:
+    """Whether a policy took the prices of additional constraints beside its multiplier, as a
+    Lagrangian training does that takes this from what was `solved` for the pool.
+    """
+    return start.lam_from == str(solved)

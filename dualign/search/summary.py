@@ -85,6 +85,7 @@ def summary(search: Search, steps: Sequence[Step], stopped: str, before: int) ->
         "labels": sum(step.measured.labels for step in steps),
         "comparisons": sum(step.measured.comparisons for step in steps),
         "stopped": stopped,
+        "priced": search.context.priced,
     }
     if method.rule == "ascent":
         found["history"] = steps[-1].history

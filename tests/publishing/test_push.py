@@ -270,6 +270,20 @@ def test_a_merge_is_not_said_to_be_trained_for_what_it_stands_for(tmp_path: Path
         assert f"## Objective\n\n{said}Reward, {nominal}" in policy_card(about, "o/it").text
 
 
+@pytest.mark.parametrize("priced", [False, True])
+def test_the_objective_has_prices_of_other_limits_where_the_training_took_them(
+    tmp_path: Path, priced: bool
+) -> None:
+    write_run(tmp_path)
+    [row] = compare(tmp_path, {"dualign": "aligned/dualign"}, [], 0.95).policies.values()
+    assert not row.priced
+    (tmp_path / "models/aligned/dualign").mkdir(parents=True)
+    (tmp_path / "models/aligned/dualign/README.md").write_text(f"{HEAD}\n# it\n")
+    told = row.model_copy(update={"priced": priced, "additional": {"short": None}})
+    text = policy_card(replace(policy(tmp_path, "aligned/dualign"), row=told), "o/it").text
+    assert ("and the prices of its other limits" in text) == priced
+
+
 def write_comparison(root: Path) -> None:
     """A report of no policy."""
     compared = Comparison(

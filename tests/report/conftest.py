@@ -419,6 +419,7 @@ def _search(rng: np.random.Generator, policy: tuple, shift: float) -> dict[str, 
         "trainings": count,
         "generated_tokens": 41_000 * count,
         "stopped": "cost within noise of the limit",
+        "priced": name in ("c_dpo", "mocan", "caid", "dualign"),
     }
 
 

@@ -30,7 +30,7 @@ TRAINED: dict[str, Any] = {
     "safety_path/alone": safety(lam=4.0),
 }
 SEARCHED: dict[str, Any] = {
-    "dualign": searched({"lam": 0.8}, {"lam": 1.2}),
+    "dualign": searched({"lam": 0.8}, {"lam": 1.2}, priced=True),
     "on_path": searched({"lam": 1.1, "q": 0.55}, naive=False),
     "naive": searched({"lam": 1.1, "q": 0.55}, naive=True),
     "mixed": searched({"lam": 1.1}, returns="mixture"),
@@ -118,16 +118,47 @@ def test_a_merge_is_off_the_curve_where_it_takes_its_share_of_further_prices(roo
         found = nominal_multiplier(
             root, "certified/row", certificate("aligned/dualign", "reward_dpo/plain", 1.5)
         )
-        assert found == Multiplier(pytest.approx(1.8), 1.5, on_curve)
+        priced = price > 0
+        assert found == Multiplier(pytest.approx(1.8), 1.5, on_curve, priced=priced)
         whole = nominal_multiplier(
             root, "certified/row", certificate("aligned/dualign", "reward_dpo/plain", 1.0)
         )
-        assert whole.on_curve
+        assert whole.on_curve and whole.priced == priced
+
+
+@pytest.mark.parametrize(
+    ("folder", "on_curve", "priced"),
+    [
+        ("reward_dpo/plain", False, False), ("safety_dpo/stepwise", False, False),
+        ("safety_path/lam_4", False, False), ("lambda_path/strict", False, False),
+        ("lagrangian_dpo/anchored", True, True), ("aligned/by_preferences", False, False),
+        ("aligned/by_scores", True, True), ("aligned/merged", False, True),
+    ],
+)  # fmt: skip
+def test_the_curve_is_about_policies_that_took_its_prices(
+    root: Path, folder: str, on_curve: bool, priced: bool
+) -> None:
+    """DPO on preferences and a multiplier by number take none; a merge takes its share."""
+    write_json(root / "data/dual/dual.json", solved(prices=[{"name": "short", "lam": 0.3}]))
+    by_number = lagrangian(lam=2.0, lam_from=None, begin="sft")
+    write_json(root / "reports/metrics/lambda_path/strict.json", by_number)
+    steps: dict[str, Any] = {
+        "by_preferences": searched({"lam": 1.1}),
+        "by_scores": searched({"lam": 1.1}, priced=True),
+        "merged": searched({"lam": 1.1, "q": 0.5}, priced=True),
+    }
+    for name, search in steps.items():
+        write_json(root / f"reports/search/{name}.json", search)
+    found = nominal_multiplier(root, folder, {})
+    assert (found.on_curve, found.priced, found.tilts) == (on_curve, priced, True)
+    write_json(root / "data/dual/dual.json", solved(prices=[{"name": "short", "lam": 0.0}]))
+    found = nominal_multiplier(root, folder, {})
+    assert found.on_curve and not found.priced, "where no limit has a price all are"
 
 
 def test_a_search_that_corrected_prices_left_the_curve(root: Path) -> None:
     write_json(root / "data/dual/dual.json", solved(prices=[{"name": "short", "lam": 0.3}]))
-    for prices, on_curve in (([0.3], True), ([0.4], False), ([], True)):
+    for prices, on_curve in (([0.3], True), ([0.4], False)):
         write_json(root / "reports/search/corrected.json", searched({"lam": 1.1, "prices": prices}))
         found = nominal_multiplier(root, "aligned/corrected", {})
         assert (found.lam, found.on_curve, found.tilts) == (1.1, on_curve, True)
