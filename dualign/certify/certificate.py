@@ -28,7 +28,7 @@ from dualign.certify.sequence import CandidateTest, decide
 from dualign.core.artifacts import read_json, write_json
 from dualign.core.errors import DataError
 from dualign.core.records import WholeRecord, fault
-from dualign.core.units import decoding_in_words
+from dualign.core.units import decoding_in_words, telling_digits
 from dualign.params.base import Share
 from dualign.params.certify import CertifyRun
 
@@ -104,7 +104,8 @@ class Certificate(WholeRecord):
         """What it says, in one line."""
         last = next((test for test in self.tested if test.name == self.returned), self.tested[0])
         bounds = [
-            f"{required} ({required.method} bound {check.bound:.4g}, {check.prompts} prompts)"
+            f"{required} ({required.method} bound {_told(check.bound, required.limit)},"
+            f" {check.prompts} prompts)"
             for required, check in zip(self.requirements, last.checks, strict=True)
             if self.returned is not None or not check.kept
         ]
@@ -124,6 +125,12 @@ class Certificate(WholeRecord):
             f"answers of at most {self.max_new_tokens} tokens{drawn}, of which {share} ended by"
             " themselves"
         )
+
+
+def _told(bound: float, limit: float) -> str:
+    """A bound in four digits, or more where these would put it on the other side of its limit."""
+    digits = telling_digits(bound, limit, 4, lambda value, count: float(f"{value:.{count}g}"))
+    return f"{bound:.{digits}g}"
 
 
 def alike(pair: tuple[str, str]) -> str:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+#: Digits that tell any two numbers apart.
+_ALL = 17
+
 
 def duration(seconds: float) -> str:
     """Wall time.
@@ -24,6 +29,19 @@ def flop_rate(rate: float) -> str:
     ('3.2 TFLOP/s', '5.4 GFLOP/s', '0.0 GFLOP/s')
     """
     return f"{rate / 1e12:.1f} TFLOP/s" if rate >= 1e12 else f"{rate / 1e9:.1f} GFLOP/s"
+
+
+def telling_digits(
+    value: float, limit: float, least: int, rounded: Callable[[float, int], float] = round
+) -> int:
+    """The digits, `least` or more, in which `rounded` leaves a value on its side of a limit.
+
+    >>> telling_digits(-0.2501, -0.25, least=3), telling_digits(-0.2497, -0.25, least=3)
+    (3, 4)
+    """
+    kept = value <= limit
+    tried = range(least, _ALL)
+    return next((n for n in tried if (rounded(value, n) <= limit) == kept), _ALL)
 
 
 def decoding_in_words(temperature: float, top_p: float) -> str:

@@ -85,6 +85,21 @@ def precise(value: float | None, share: bool = False) -> str:
     return f"{value:.{digits}f}".replace("-", MINUS)
 
 
+def against(value: float, limit: float, share: bool = False) -> str:
+    """A number beside the limit that it is to keep: as `precise`, in more digits where these would
+    put it on the other side.
+
+    >>> against(-0.2497, -0.25), against(-0.2503, -0.25), against(0.1502, 0.15, share=True)
+    ('\N{MINUS SIGN}0.2497', '\N{MINUS SIGN}0.250', '15.02%')
+    """
+    size = 100 if share else 1
+    least = 1 if share else 3
+    digits = units.telling_digits(size * value, size * limit, least)
+    if digits == least:
+        return precise(value, share)
+    return f"{size * value:.{digits}f}{'%' if share else ''}".replace("-", MINUS)
+
+
 def percent(value: float | None) -> str:
     """A share in per cent: 2.1%, 31%, <0.1%."""
     if value is None:

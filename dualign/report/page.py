@@ -127,7 +127,7 @@ def _environment() -> Environment:
         finalize=formatting.visible,
     )
     named = (
-        "number", "precise", "stated", "percent", "signed",
+        "number", "precise", "against", "stated", "percent", "signed",
         "plural", "compact", "duration", "memory",
     )  # fmt: skip
     environment.globals |= {name: getattr(formatting, name) for name in named}

@@ -462,6 +462,17 @@ def labelled(tmp_path: Path) -> Callable[[str], Evidence]:
     return evidence
 
 
+def test_the_statement_rounds_no_bound_to_the_other_side_of_its_limit(tmp_path: Path) -> None:
+    required = MODEL.model_copy(update={"limit": -0.25})
+    costs, prompts = answers(-1.0)
+    shift = -0.25 - upper_bound(costs, prompts)
+    for off, told in ((-0.00002, "bound -0.25,"), (0.00002, "bound -0.24998,")):
+        table = save(tmp_path / "a.parquet", costs + shift + off, prompts)
+        path = tmp_path / "certificate.json"
+        found = certify(path, ["a"], {"a": Evidence(table)}.__getitem__, [required])
+        assert told in found.statement
+
+
 def test_a_candidate_must_keep_every_requirement(
     tmp_path: Path, labelled: Callable[[str], Evidence]
 ) -> None:

@@ -274,6 +274,13 @@ def test_a_certificate_at_another_decoding_is_told_apart_from_the_other_figures(
     assert f"It is about answers of at most 48 tokens {how}," in page.within("id", "certificate")
 
 
+def test_no_rounding_puts_a_bound_on_the_other_side_of_its_limit(
+    certified: Callable[..., Run],
+) -> None:
+    card = render(*certified([-0.6, -0.1503, -0.1497])).within("id", "certificate")
+    assert "−0.150 −0.15 0.50 98% passed" in card and "−0.1497 −0.15 0.50 98% failed" in card
+
+
 def test_no_certified_policy_is_the_answer(certified: Callable[..., Run]) -> None:
     """Though others look as if they were within the limit: they were not tested."""
     page = render(*certified([-0.1]))
