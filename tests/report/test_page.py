@@ -302,6 +302,7 @@ def test_verdict_when_only_a_mean_is_within(run: Run) -> None:
         root, params.model_copy(update={"policies": {"sft": "sft", "dualign": "aligned/dualign"}})
     ).within("id", "verdict")
     assert "No policy is shown" in verdict and "evaluate.prompts" in verdict
+    assert "The means are within the limits but not all 95% intervals are, so" in verdict
 
 
 def test_verdict_keeps_the_reference_where_it_is_best(run: Run) -> None:
