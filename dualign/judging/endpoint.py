@@ -101,7 +101,7 @@ class Endpoint:
         #: Calls of this run (tries of the client are one), and questions that needed none, since
         #: they are known or equal to another one.
         self.calls = self.saved = 0
-        #: What all replies have cost, those of the cache when they were bought.
+        #: What all replies with a verdict have cost, those of the cache when they were bought.
         self.money = 0.0
 
     def __call__(self, asks: Sequence[Ask]) -> list[Reply]:
