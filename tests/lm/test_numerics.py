@@ -32,10 +32,13 @@ from dualign.core.errors import ModelError
 from dualign.lm import models, numerics
 from dualign.lm.frozen import own
 from dualign.lm.numerics import answer_log_probabilities
+from dualign.lm.packing import enable_packing
 from dualign.params.base import LoraParams, Resources
 from dualign.training.pairwise import Pair, PairLossConfig, pairwise_trainer, train_pairwise
 from dualign.training.run import Job, without_dropout
 from dualign.training.supervised import train_sft
+from tests.lm.architectures import KEEPING, LOSING
+from tests.lm.architectures import built as kept
 from tests.lm.layouts import CHATS, byte_level
 from tests.tiny import short_training
 
@@ -190,6 +193,29 @@ def test_a_model_that_makes_its_logits_in_another_way_is_refused(
         match=r"^it: Louder turns hidden states into logits in a way that dualign does not",
     ):
         numerics.check_head(model, "it")
+
+
+def test_a_cap_of_a_name_of_its_own_is_seen_whatever_the_weights() -> None:
+    """Logits of small weights lie far below RecurrentGemma's cap of 30, which hardly moves them."""
+    model = AutoModelForCausalLM.from_config(LOSING["recurrent_gemma"])
+    with pytest.raises(ModelError, match=r"^it: RecurrentGemmaForCausalLM turns hidden states"):
+        numerics.check_head(model, "it")
+
+
+@pytest.mark.parametrize("name", KEEPING)
+def test_states_between_tokens_do_not_reach_another_row(name: str) -> None:
+    """Each row padded on the right beside others is what it is alone; none is packed."""
+    model = kept(KEEPING[name])
+    numerics.check_head(model, name)
+    ids, mask, labels = rows()
+    found = answer_log_probabilities(model, ids, mask, labels)
+    lengths = mask.sum(1).tolist()
+    alone = [
+        brute_force(model, *(part[row : row + 1, :length] for part in (ids, mask, labels)))
+        for row, length in enumerate(lengths)
+    ]
+    assert torch.allclose(found, torch.cat(alone), atol=1e-4)
+    assert not enable_packing(model)
 
 
 def test_a_row_without_an_answer_has_log_probability_zero() -> None:
