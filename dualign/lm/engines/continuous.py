@@ -16,6 +16,7 @@ from dualign.core.progress import Progress
 from dualign.lm.engines.generate import decoding
 from dualign.lm.engines.interface import Answer, Request
 from dualign.lm.numerics import without_adapter
+from dualign.lm.tokens import told
 from dualign.params.base import Resources
 
 #: Tokens to a page of keys and values.
@@ -34,10 +35,13 @@ def answer(
     if not request.prompts:
         return []
     base = without_adapter(model)
-    manager = base.init_continuous_batching(
-        generation_config=decoding(request, tokenizer),
-        continuous_batching_config=_config(request, base),
-    )
+    try:
+        manager = base.init_continuous_batching(
+            generation_config=decoding(request, tokenizer),
+            continuous_batching_config=_config(request, base),
+        )
+    except ValueError as error:  # a recurrent layer, say, which has no pages
+        raise _refused(told(error)) from error
     # All wait before the first step, so that the batches are the same each time.
     names = manager.add_requests([list(prompt) for prompt in request.prompts])
     with _cast_to_the_pages():
@@ -99,8 +103,12 @@ def _collected(manager: Any, count: int) -> dict[str, Answer]:
                 progress.advance(1, len(result.generated_tokens))
             elif (result is not None and result.error is not None) or not manager.is_running():
                 why = "it stopped" if result is None else result.error
-                raise ModelError(
-                    f"resources.engine continuous: transformers cannot batch this model ({why});"
-                    " set resources.engine to refill or generate"
-                )
+                raise _refused(why)
     return answers
+
+
+def _refused(why: str) -> ModelError:
+    return ModelError(
+        f"resources.engine continuous: transformers cannot batch this model ({why}); set"
+        " resources.engine to refill or generate"
+    )

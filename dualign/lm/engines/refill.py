@@ -18,8 +18,15 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import (
+    Cache,
+    DummyLayer,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+)
 
+from dualign.core.errors import ParamsError
 from dualign.core.progress import Progress
 from dualign.lm.engines.cache import Places, Read
 from dualign.lm.engines.interface import Answer, Request, left_padded
@@ -33,6 +40,8 @@ _SHARE = 1 / 8
 _BLOCK = 256
 #: The largest number below 1.
 _BELOW_ONE = 1 - 2**-53
+#: Layers of a cache with keys and values alone, or with none, which take those of another.
+_KEPT = (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer)
 
 
 @dataclass
@@ -52,7 +61,10 @@ def answer(
     request: Request,
     resources: Resources,
 ) -> list[Answer]:
-    """An answer to each row of the request, with its tokens' log-probabilities."""
+    """An answer to each row of the request, with its tokens' log-probabilities.
+
+    Raises ParamsError for a model that keeps other things than keys and values."""
+    _check_kept(without_adapter(model))
     model.eval()
     seeded = zip(request.prompts, request.seeds, strict=True)
     rows = [_row(prompt, seed, request.max_new_tokens) for prompt, seed in seeded]
@@ -62,6 +74,16 @@ def answer(
             if ended := batch.advance():
                 progress.advance(len(ended), sum(ended))
     return [Answer(row.tokens, row.log_probabilities) for row in rows]
+
+
+def _check_kept(model: Any) -> None:
+    """Refuse a model with a state that a place cannot hand on, such as a recurrent layer's."""
+    for layer in DynamicCache(config=model.config).layers:
+        if type(layer) not in _KEPT:
+            raise ParamsError(
+                f"resources.engine refill: {type(model).__name__} keeps more of a text than keys"
+                f" and values ({type(layer).__name__}); set resources.engine to generate"
+            )
 
 
 def _row(prompt: Sequence[int], seed: int, longest: int) -> _Row:
