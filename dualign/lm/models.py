@@ -30,6 +30,7 @@ from dualign.core import ranks
 from dualign.core.errors import ModelError, ParamsError
 from dualign.core.records import AdapterConfig, read_record
 from dualign.lm.decoding import beside, instead_of
+from dualign.lm.engines.check import check_batches
 from dualign.lm.frozen import frozen, own
 from dualign.lm.loading import (
     first_line,
@@ -241,6 +242,7 @@ def load_policy(
         )
         model = in_precision(model, resources, trained=whole)
         check_head(model, base)
+        check_batches(model, base, computed)
         return model
 
     if whole or is_sharded(resources):

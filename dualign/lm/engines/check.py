@@ -12,13 +12,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
 
 from dualign.core.errors import ModelError
-from dualign.lm.engines.interface import Answer, Request
+from dualign.lm.engines.generate import configured
+from dualign.lm.engines.interface import Answer, Request, left_padded
 from dualign.lm.numerics import answer_logits, precision_of
+from dualign.lm.tokens import told
 from dualign.params.base import Resources
 
 #: Largest difference in nats of an answer's log-probability from ours, by the square root of its
@@ -35,6 +39,58 @@ _TOP_K = 50
 _TOP_P = 0.95
 #: Likeliest tokens among which a nucleus is looked for; a wider one is left alone.
 _WIDEST = 2048
+#: Prompts of one batch by which a model itself is checked, and the tokens that are drawn.
+_PROMPTS = ((1, 2), (3, 1, 2, 3, 3, 1, 2, 1, 3))
+_STEPS = GenerationConfig(
+    max_new_tokens=4,
+    do_sample=False,
+    pad_token_id=0,
+    output_logits=True,
+    return_dict_in_generate=True,
+)
+
+
+@torch.no_grad()
+def check_batches(model: Any, path: Any, precision: torch.dtype) -> None:
+    """Refuse a model that draws other answers in a padded batch, token by token, than its one pass
+    over each of them says: one that reads padding, or whose state between tokens is not what it
+    has read. Raises ModelError in one line.
+    """
+    training = model.training
+    model.eval()
+    try:
+        gap = _drawn_apart(model)
+    except Exception as error:  # transformers raises many kinds here
+        raise ModelError(
+            f"{path}: {type(model).__name__} cannot answer a batch of prompts ({told(error)}); use"
+            " another architecture"
+        ) from error
+    finally:
+        model.train(training)
+    if not gap <= BOUND[precision]:
+        raise ModelError(
+            f"{path}: {type(model).__name__} answers a prompt in a batch by other probabilities"
+            f" than alone (off by {gap:.2g} nats), since it reads padding or does not keep what it"
+            " has read; use another architecture"
+        )
+
+
+def _drawn_apart(model: Any) -> float:
+    """Mean difference in nats, at the worst token, of what a batch draws from and what one pass
+    over the prompt and its answer says.
+    """
+    device = next(model.parameters()).device
+    ids, mask = (part.to(device) for part in left_padded(_PROMPTS, 0))
+    with configured(model, _STEPS):
+        output = model.generate(input_ids=ids, attention_mask=mask, generation_config=_STEPS)
+    drawn_from = torch.stack(output.logits, 1).float().log_softmax(-1)
+    apart = []
+    for prompt, row, table in zip(_PROMPTS, output.sequences, drawn_from, strict=True):
+        answer = row[ids.shape[1] :].tolist()
+        own = answer_logits(model, prompt, answer).log_softmax(-1)
+        gaps = own.exp() * (own - table[: len(answer)]).abs()
+        apart.append(torch.where(own.exp() == 0, 0.0, gaps).sum(-1).max())
+    return float(torch.stack(apart).max())
 
 
 @torch.inference_mode()

@@ -37,7 +37,7 @@ def answer(
     lengths = [len(prompt) for prompt in prompts]
     batches = list(by_length(range(len(prompts)), lengths, request.batch_size))
     found: list[tuple[int, Answer]] = []
-    with Progress("sampling", len(prompts)) as progress, _configured(model, config):
+    with Progress("sampling", len(prompts)) as progress, configured(model, config):
         for number, batch in ranks.share(list(enumerate(batches))):
             torch.manual_seed(batch_seed(request.seed, number))
             answers = _generate(model, tokenizer, [prompts[row] for row in batch], config)
@@ -58,7 +58,7 @@ def decoding(request: Request, tokenizer: PreTrainedTokenizerBase) -> Generation
 
 
 @contextlib.contextmanager
-def _configured(model: torch.nn.Module, config: GenerationConfig) -> Iterator[None]:
+def configured(model: torch.nn.Module, config: GenerationConfig) -> Iterator[None]:
     """The model under `config` alone: generate() fills in, such as penalties, from its own."""
     base = without_adapter(model)
     own = base.generation_config
