@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer, ParamWrapper
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
@@ -345,7 +346,7 @@ def with_lora(
         _check_targets(model, lora.target_modules)
     try:
         with seeded(seed):
-            return get_peft_model(model, config)
+            adapted = get_peft_model(model, config)
     except ValueError as error:
         if "lora_dropout" in str(error):  # weights of experts are one tensor and no module
             raise ParamsError(
@@ -363,6 +364,8 @@ def with_lora(
             f"lora.target_modules {lora.target_modules} does not fit {type(model).__name__}"
             f" ({first_line(error)}); it has {', '.join(names)}; or write all-linear"
         ) from error
+    _check_adapted(adapted)
+    return adapted
 
 
 def _check_targets(model: PreTrainedModel, targets: Sequence[str]) -> None:
@@ -384,6 +387,25 @@ def _check_targets(model: PreTrainedModel, targets: Sequence[str]) -> None:
                 f"lora.target_modules: {name} shares its weights with the head, which would change"
                 " too once the adapter is folded in; leave it out"
             )
+
+
+def _check_adapted(model: PeftModel) -> None:
+    """Refuse adapters of modules that share a weight, as Zamba's layers do: folded in, those of all
+    would be added to it.
+    """
+    owners: dict[torch.Tensor, str] = {}
+    shared = set()
+    for name, module in model.named_modules():
+        if not isinstance(module, LoraLayer) or isinstance(module, ParamWrapper):
+            continue
+        if owners.setdefault(module.get_base_layer().weight, name) != name:
+            shared.add(name.rpartition(".")[2])
+    if shared:
+        raise ParamsError(
+            f"lora.target_modules: layers of {type(without_adapter(model)).__name__} share the"
+            f" weights of {', '.join(sorted(shared))}, to which adapters of each would be added;"
+            " name modules without these, or set lora.rank to 0"
+        )
 
 
 def end_tokens(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -32,6 +32,7 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
+    ZambaConfig,
 )
 from transformers.utils import logging as hf_logging
 
@@ -583,6 +584,25 @@ def test_an_adapter_that_would_be_lost_or_fold_into_the_head_is_refused(
             models.with_lora(model, lora, 0)
         return
     adapted = models.with_lora(model, lora, 0).eval()
+    for name, weight in adapted.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(weight, std=0.3)
+    expected = adapted(IDS).logits
+    assert torch.allclose(models.merged(adapted)(IDS).logits, expected, atol=1e-5)
+
+
+def test_adapters_of_layers_that_share_a_weight_are_refused() -> None:
+    """Zamba's: folded in, the adapters of both layers would be added to the one weight."""
+    torch.manual_seed(0)
+    kinds = ["mamba", "hybrid", "hybrid"]
+    shape = SMALL | {"num_hidden_layers": 3, "layers_block_type": kinds, "mamba_d_state": 4}
+    heads = {"attention_hidden_size": 32, "attention_head_dim": 16, "n_mamba_heads": 2}
+    config = ZambaConfig(**shape | heads, num_mem_blocks=1, use_mamba_kernels=False)
+    told = r"layers of ZambaForCausalLM share the weights of down_proj, .* name modules without"
+    with pytest.raises(ParamsError, match=told):
+        models.with_lora(AutoModelForCausalLM.from_config(config), LORA, 0)
+    lora = LORA.model_copy(update={"target_modules": ["out_proj"]})
+    adapted = models.with_lora(AutoModelForCausalLM.from_config(config), lora, 0).eval()
     for name, weight in adapted.named_parameters():
         if "lora_" in name:
             torch.nn.init.normal_(weight, std=0.3)
