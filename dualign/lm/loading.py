@@ -78,6 +78,7 @@ def load_reported(
         )
     check_files(Path(path))
     config = load_config(path, revision, gguf_file)
+    _check_kind(auto, path, config)
     options |= {"gguf_file": gguf_file} if gguf_file else {"config": _with(config, options)}
     try:
         model, report = auto.from_pretrained(
@@ -414,6 +415,16 @@ def _plain(model: PreTrainedModel) -> PreTrainedModel:
             plain.get_submodule(parent).register_buffer(leaf, own, persistent=False)
     plain.generation_config = model.generation_config
     return plain
+
+
+def _check_kind(auto: Any, path: str | Path, config: PretrainedConfig) -> None:
+    """Refuse an architecture that transformers has no such class for, and an encoder-decoder as a
+    causal language model, of which it would take the decoder alone.
+    """
+    half = auto.__name__ == "AutoModelForCausalLM" and config.is_encoder_decoder
+    if half or type(config) not in auto._model_mapping:
+        why = "is an encoder-decoder" if half else f"has no class in transformers as {_what(auto)}"
+        raise ModelError(f"{path}: {config.model_type} {why}; take another architecture")
 
 
 def _refusal(error: Exception) -> str:

@@ -19,12 +19,14 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    BartForConditionalGeneration,
     BertConfig,
     Gemma2Config,
     Gemma3TextConfig,
     GenerationConfig,
     GPT2Config,
     LlamaConfig,
+    MambaConfig,
     MistralConfig,
     MixtralConfig,
     Phi3Config,
@@ -32,6 +34,8 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
+    T5ForConditionalGeneration,
+    ViTModel,
     ZambaConfig,
 )
 from transformers.utils import logging as hf_logging
@@ -430,11 +434,6 @@ def test_code_of_a_models_own_is_neither_asked_for_nor_run(
     assert not marker.exists()
 
 
-def test_a_model_of_another_kind_is_refused(llama: Path, resources: Resources) -> None:
-    change_json(llama / "config.json", model_type="vit", architectures=["ViTModel"])
-    assert refusal(llama, resources).startswith(": cannot be loaded as a causal language model (")
-
-
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_causal_model_does_not_read_ahead(name: str, precision: torch.dtype) -> None:
@@ -552,6 +551,29 @@ def test_an_adapter_whose_base_is_gone_names_the_base(
         match=r"/adapter_config\.json: base_model_name_or_path: input should be a valid string",
     ):
         models.load_policy(adapter, resources)
+
+
+@pytest.mark.parametrize(
+    ("model", "told"),
+    [
+        (BartForConditionalGeneration, "bart is an encoder-decoder; take another architecture"),
+        (T5ForConditionalGeneration, "t5 is an encoder-decoder; take another architecture"),
+        (ViTModel, "vit has no class in transformers as a causal language model; take another"),
+    ],
+)
+def test_what_is_no_causal_language_model_is_told_as_what_it_is(
+    model: Any, told: str, tmp_path: Path, resources: Resources
+) -> None:
+    """Before its weights are read."""
+    model.config_class().save_pretrained(tmp_path)
+    assert refusal(tmp_path, resources).startswith(f": {told}")
+
+
+def test_a_base_without_a_classifier_is_told_as_such(tmp_path: Path, resources: Resources) -> None:
+    """Mamba's architecture has none, on which a scorer would be trained."""
+    MambaConfig().save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"mamba has no class in transformers as a scorer; take"):
+        models.load_scorer_backbone(str(tmp_path), byte_level(CHATS["chatml"]), resources)
 
 
 def test_lora_targets_that_a_model_lacks_are_told_with_those_it_has(
