@@ -9,6 +9,7 @@ import json
 import logging
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -237,13 +238,12 @@ def load_policy(
     dtype = computed if rounded or computed is torch.float32 else "auto"
     whole = trained and not adapter.is_file()
 
+    stored = partial(load_model, AutoModelForCausalLM, base, revision=revision, gguf_file=gguf_file)
+
     def read() -> PreTrainedModel:
-        model = load_model(
-            AutoModelForCausalLM, base, dtype=dtype, revision=revision, gguf_file=gguf_file
-        )
-        model = in_precision(model, resources, trained=whole)
+        model = in_precision(stored(dtype=dtype), resources, trained=whole)
         check_head(model, base)
-        check_batches(model, base, computed)
+        check_batches(model, base, computed, partial(stored, dtype=torch.float32))
         return model
 
     if whole or is_sharded(resources):
