@@ -369,7 +369,7 @@ def test_a_policy_is_pushed_whole_with_a_card_that_the_hub_reads(
     assert "95 % intervals, by prompt" in card.text
     certified = run(finished, *push, "certified/dualign", "--to", "me/it", "--card").stdout
     found = json.loads((finished / "reports/metrics/certify/dualign.json").read_text())
-    assert found["statement"] in certified and "`vllm serve me/it --gen" in certified
+    assert found["statement"] in certified and "`vllm serve me/it`." in certified
 
 
 @pytest.mark.parametrize(

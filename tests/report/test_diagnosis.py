@@ -166,7 +166,13 @@ def policy(**known: Any) -> ComparedPolicy:
     """A policy of which no more is known."""
     row = dict.fromkeys(ComparedPolicy.model_fields)
     row |= {"folder": "sft", "kind": "reference", "certified": False, "prompts": 1, "answers": 1}
-    row |= {"max_new_tokens": 1024, "additional": {}, "on_curve": False, "tilts": False}
+    row |= {
+        "max_new_tokens": 1024,
+        "additional": {},
+        "on_curve": False,
+        "tilts": False,
+        "priced": False,
+    }
     return ComparedPolicy(**row | known)
 
 
