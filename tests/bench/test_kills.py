@@ -21,6 +21,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("work")
 
 
+@pytest.mark.bench
 @pytest.mark.slow
 def test_a_stage_that_is_killed_ends_with_the_same_bytes_when_it_is_run_again(work: Path) -> None:
     options = ["--count", "2", "--stages", "prepare", "--work", str(work), "--out", str(work)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -404,36 +405,28 @@ def test_bonuses_reach_the_policy(
     assert distance(policies[0], Path(policies[1])) > 1e-4
 
 
-@pytest.mark.parametrize(
-    "moment",
-    [
-        (pair_sources, "compare", 2, "before"),
-        (pair_sources, "preference_tables", 1, "before"),
-        (trainer, "train_pairwise", 1, "before"),
-        (trainer, "train_pairwise", 1, "after"),  # checkpoints are there, the policy is not
-        (trainer, "save", 1, "after"),
-        (trainer, "load_policy", 2, "before"),
-        (pair_sources, "phase_two", 1, "after"),
-        (trainer, "train_pairwise", 2, "after"),
-        (trainer, "train_pairwise", 3, "after"),
-        (pair_sources, "phase_two", 2, "before"),
-        (trainer, "train_pairwise", 4, "after"),
-        (backend, "measure", 1, "before"),
-    ],
-)
-def test_a_killed_round_ends_with_the_same_policy(
-    moment: tuple[ModuleType, str, int, str],
-    quick: DualSearchParams,
-    resources: Resources,
-    inputs: Inputs,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    expected, measured = rounds(online_bench(quick, resources, inputs, tmp_path / "whole"))
-    module, name, call, when = moment
-    function, calls = getattr(module, name), 0
+#: Where a round is killed: a function of a module, at which of its calls, before or after it.
+MOMENTS: list[tuple[ModuleType, str, int, str]] = [
+    (pair_sources, "compare", 2, "before"),
+    (pair_sources, "preference_tables", 1, "before"),
+    (trainer, "train_pairwise", 1, "before"),
+    (trainer, "train_pairwise", 1, "after"),  # checkpoints are there, the policy is not
+    (trainer, "save", 1, "after"),
+    (trainer, "load_policy", 2, "before"),
+    (pair_sources, "phase_two", 1, "after"),
+    (trainer, "train_pairwise", 2, "after"),
+    (trainer, "train_pairwise", 3, "after"),
+    (pair_sources, "phase_two", 2, "before"),
+    (trainer, "train_pairwise", 4, "after"),
+    (backend, "measure", 1, "before"),
+]
 
-    def dying(*args: Any, **kwargs: Any) -> Any:
+
+def dying(function: Callable[..., Any], call: int, when: str) -> Callable[..., Any]:
+    """The function, whose process is killed before or after one of its calls."""
+    calls = 0
+
+    def called(*args: Any, **kwargs: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls == call and when == "before":
@@ -443,14 +436,27 @@ def test_a_killed_round_ends_with_the_same_policy(
             raise Killed
         return result
 
-    with monkeypatch.context() as patched, pytest.raises(Killed):
-        patched.setattr(module, name, dying)
-        rounds(online_bench(quick, resources, inputs, tmp_path / "broken"))
-    policy, again = rounds(online_bench(quick, resources, inputs, tmp_path / "broken"))
-    assert (Path(policy) / "model.safetensors").read_bytes() == (
-        Path(expected) / "model.safetensors"
-    ).read_bytes()
-    assert again == measured
+    return called
+
+
+def test_a_killed_round_ends_with_the_same_policy(
+    quick: DualSearchParams,
+    resources: Resources,
+    inputs: Inputs,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    expected, measured = rounds(online_bench(quick, resources, inputs, tmp_path / "whole"))
+    weights = (Path(expected) / "model.safetensors").read_bytes()
+    for number, (module, name, call, when) in enumerate(MOMENTS):
+        broken = tmp_path / f"broken-{number}"
+        with monkeypatch.context() as patched, pytest.raises(Killed):
+            patched.setattr(module, name, dying(getattr(module, name), call, when))
+            rounds(online_bench(quick, resources, inputs, broken))
+        policy, again = rounds(online_bench(quick, resources, inputs, broken))
+        told = f"{when} call {call} of {name}"
+        assert (Path(policy) / "model.safetensors").read_bytes() == weights, told
+        assert again == measured, told
 
 
 def test_a_round_waits_for_people_and_goes_on_with_their_labels(
