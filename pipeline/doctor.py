@@ -120,6 +120,7 @@ def _dvc(root: Path) -> Iterator[Finding]:
     try:
         with Repo(str(root)) as repo:
             remote = repo.config["core"].get("remote")
+            known = set(repo.config["remote"])
             reached = _reach(repo)
             types = list(repo.cache.local.cache_types)
             cache = Path(repo.cache.local.path)
@@ -129,6 +130,12 @@ def _dvc(root: Path) -> Iterator[Finding]:
     if not remote:
         yield Finding(
             "note", "DVC remote: none; results stay on this machine (`dvc remote add -d NAME URL`)"
+        )
+    elif remote not in known:
+        yield Finding(
+            "wrong",
+            f"DVC remote: {remote} is the default and has no settings here; `dvc remote add"
+            f" {remote} URL`",
         )
     elif reached:
         yield Finding(

@@ -75,6 +75,9 @@ def test_a_remote_that_answers_or_does_not(project: Project) -> None:
     project.dvc("remote", "modify", "-q", "store", "url", str(project.root / "work.py" / "store"))
     assert "DVC remote: store cannot be reached: " in findings(project, "wrong")
     assert "work.py is no folder to write to" in findings(project, "wrong")
+    (project.root / ".dvc/config").write_text("[core]\n    remote = gone\n")
+    told = findings(project, "wrong")
+    assert "DVC remote: gone is the default and has no settings here; `dvc remote add" in told
 
 
 def test_what_keeps_a_run_from_working(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
