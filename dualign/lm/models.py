@@ -213,7 +213,9 @@ def build_scratch(
         eos_token_id=vocabulary.eos_token_id,
         pad_token_id=vocabulary.pad_token_id,
     )
-    return LlamaForCausalLM(config)
+    model = LlamaForCausalLM(config)
+    model.generation_config = instead_of(model.generation_config)
+    return model
 
 
 def load_policy(
