@@ -17,7 +17,7 @@ from dvc.exceptions import DvcException
 from dvc.repo import Repo
 
 from pipeline.dvc import locks
-from pipeline.dvc.checkout import asked, complaint
+from pipeline.dvc.checkout import asked, complaint, default_remote
 from pipeline.dvc.dag import load_dag
 from pipeline.dvc.damage import damages
 from pipeline.dvc.plan import one_line
@@ -120,7 +120,7 @@ def _dvc(root: Path) -> Iterator[Finding]:
     try:
         with Repo(str(root)) as repo:
             remote = repo.config["core"].get("remote")
-            known = set(repo.config["remote"])
+            found, _ = default_remote(repo)
             reached = _reach(repo)
             types = list(repo.cache.local.cache_types)
             cache = Path(repo.cache.local.path)
@@ -131,7 +131,7 @@ def _dvc(root: Path) -> Iterator[Finding]:
         yield Finding(
             "note", "DVC remote: none; results stay on this machine (`dvc remote add -d NAME URL`)"
         )
-    elif remote not in known:
+    elif not found:
         yield Finding(
             "wrong",
             f"DVC remote: {remote} is the default and has no settings here; `dvc remote add"

@@ -14,7 +14,7 @@ import math
 from pathlib import Path
 
 from dualign.core.artifacts import replacing, write_json
-from dualign.core.records import SolvedDual, as_row, read_record, solved_for
+from dualign.core.records import SolvedDual, as_row, read_record, solved_for, took_prices
 from dualign.core.schema import POOL, PROMPTS, by_prompt, read_table
 from dualign.lm.card import model_card
 from dualign.lm.publish import publish
@@ -30,7 +30,6 @@ from dualign.search.start import (
     as_started,
     check,
     goal,
-    is_priced,
     start_prices,
     steerable,
     trainings,
@@ -129,7 +128,7 @@ def context(
         lam_reference=reference.lam or 0.0 if path else 0.0,
         target_cost=target,
         prices=start_prices(row, start, prices_in(solved.prices), DUAL),
-        priced=is_priced(start, DUAL),
+        priced=took_prices(start.lam_from, DUAL),
     )
 
 

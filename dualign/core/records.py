@@ -194,6 +194,13 @@ class SafetyMetrics(Record):
     clip: float | None
 
 
+def took_prices(lam_from: str | None, solved: Path) -> bool:
+    """Whether a training took the prices of additional constraints beside its multiplier, as one
+    does that takes this from what was `solved` for the pool.
+    """
+    return lam_from == str(solved)
+
+
 class LagrangianMetrics(Record):
     """reports/metrics/lagrangian_dpo/RUN.json and lambda_path/RUN.json."""
 

@@ -28,7 +28,7 @@ FOLDER = "file://"
 #: What a policy that was pushed before may have left at the hub, and would be loaded for this one:
 #: weights in one file beside others in shards, an adapter, a mixture, another tokenizer.
 _OF_A_POLICY = [
-    *("*.safetensors", "*.safetensors.index.json", "*adapter_config.json", "mixture.json"),
+    *("*.safetensors", "*.safetensors.index.json", "mixture.json"),
     "*pytorch_model*.bin*",
     *("*config.json", "*chat_template.jinja", "*tokenizer.json", "*tokenizer.model"),
     *("*special_tokens_map.json", "*added_tokens.json", "*vocab.json", "*merges.txt"),

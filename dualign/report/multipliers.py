@@ -20,6 +20,7 @@ from dualign.core.records import (
     Trained,
     read_optional_record,
     read_trained,
+    took_prices,
 )
 from dualign.params.training import TILTING
 
@@ -112,7 +113,7 @@ def _priced(found: Multiplier, taken: list[float], prices: list[float]) -> Multi
 
 def _taken(policy: Trained, prices: list[float]) -> list[float]:
     """The prices that a training took: the pool's beside the pool's multiplier, else none."""
-    paid = isinstance(policy, LagrangianMetrics) and policy.lam_from == str(DUAL)
+    paid = isinstance(policy, LagrangianMetrics) and took_prices(policy.lam_from, DUAL)
     return [paid * price for price in prices]
 
 

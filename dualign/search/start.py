@@ -10,7 +10,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from dualign.core.errors import DataError, ParamsError
-from dualign.core.records import SolvedDual, as_row, read_record, read_trained
+from dualign.core.records import SolvedDual, as_row, read_record, read_trained, took_prices
 from dualign.math.constraints import Price
 from dualign.methods import Plan
 from dualign.params.search import DualSearchParams
@@ -169,12 +169,5 @@ def start_prices(
     """
     if plan.method.rule != "newton":
         return ()
-    paid = is_priced(start, solved)
+    paid = took_prices(start.lam_from, solved)
     return tuple(price.lam if paid else 0.0 for price in prices)
-
-
-def is_priced(start: TrainedPolicy, solved: Path) -> bool:
-    """Whether a policy took the prices of additional constraints beside its multiplier, as a
-    Lagrangian training does that takes this from what was `solved` for the pool.
-    """
-    return start.lam_from == str(solved)
