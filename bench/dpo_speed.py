@@ -341,8 +341,8 @@ def uninterrupted(device: str, precision: str) -> Resources:
 def schedule(batch: int, rate: float, tokens: int, steps: int) -> TrainingParams:
     """Steps at a constant learning rate."""
     return TrainingParams(
-        epochs=1.0, batch_size=batch, learning_rate=rate, adam_beta2=0.999, warmup=0.0,
-        schedule="constant", weight_decay=0.0, max_length=tokens, max_steps=steps,
+        epochs=1.0, batch_size=batch, optimiser="adamw", learning_rate=rate, adam_beta2=0.999,
+        warmup=0.0, schedule="constant", weight_decay=0.0, max_length=tokens, max_steps=steps,
     )  # fmt: skip
 
 

@@ -140,6 +140,7 @@ def _moved(given: Settings, precision: str) -> tuple[torch.Tensor, float]:
     schedule = TrainingParams(
         epochs=1.0,
         batch_size=4,
+        optimiser="adamw",
         learning_rate=given.rate,
         adam_beta2=0.99,
         warmup=0.0,

@@ -112,8 +112,8 @@ def measure(given: Settings, processes: int, out: Path) -> None:
 
 def _training(steps: int) -> TrainingParams:
     return TrainingParams(
-        epochs=1.0, batch_size=16, learning_rate=1e-4, adam_beta2=0.99, warmup=0.0,
-        schedule="constant", weight_decay=0.0, max_length=256, max_steps=steps,
+        epochs=1.0, batch_size=16, optimiser="adamw", learning_rate=1e-4, adam_beta2=0.99,
+        warmup=0.0, schedule="constant", weight_decay=0.0, max_length=256, max_steps=steps,
     )  # fmt: skip
 
 

@@ -47,6 +47,7 @@ def short_training(**changes: Any) -> TrainingParams:
         **{
             "epochs": 1.0,
             "batch_size": 4,
+            "optimiser": "adamw",
             "learning_rate": 1e-3,
             "adam_beta2": 0.99,
             "warmup": 0.0,

@@ -76,6 +76,7 @@ class TrainingParams(Frozen):
 
     epochs: Annotated[float, Field(gt=0, le=10_000)]
     batch_size: Annotated[int, Field(ge=1, le=10**6)]
+    optimiser: Literal["adamw", "muon"]
     learning_rate: Positive
     adam_beta2: Annotated[float, Field(gt=0, lt=1)]
     warmup: Annotated[float, Field(ge=0, lt=1)]

@@ -31,6 +31,7 @@ from dualign.lm.numerics import device_of, precision_of
 from dualign.params.base import Resources, TrainingParams
 from dualign.training.checkpoints import Sealing, last_checkpoint
 from dualign.training.metering import Meter, Telling, tell_whole
+from dualign.training.muon import muon
 from dualign.training.sharding import fsdp_arguments
 
 log = logging.getLogger(__name__)
@@ -86,9 +87,8 @@ def arguments(job: Job) -> dict[str, Any]:
         "use_cpu": on_cpu,
         "gradient_checkpointing": resources.gradient_checkpointing,
         "logging_steps": resources.log_steps,
-        "logging_nan_inf_filter": (
-            False
-        ),  # it would show the mean in place of a loss that is not finite
+        # A filter would show the mean in place of a loss that is not finite.
+        "logging_nan_inf_filter": False,
         "save_steps": resources.checkpoint_steps,
         "report_to": "none",
         "disable_tqdm": True,  # `Telling` has a bar of its own
@@ -123,6 +123,8 @@ def run(trainer: Any, job: Job) -> Metrics:
     trainer.add_callback(Sealing())
     trainer.meter = Meter(trainer.model)
     trainer.add_callback(Telling(job.name, trainer.meter))
+    if job.training.optimiser == "muon":
+        trainer.optimizer_cls_and_kwargs = (lambda: muon, _of_muon(trainer))
     checkpoint = last_checkpoint(job.scratch)
     if checkpoint is not None:
         log.info("resuming from %s", checkpoint)
@@ -167,6 +169,18 @@ def run(trainer: Any, job: Job) -> Metrics:
         "loss": last.get("loss"),
         "losses": losses,
         **shown,
+    }
+
+
+def _of_muon(trainer: Any) -> dict[str, Any]:
+    """The options of `muon` that TRL's arguments hold."""
+    args = trainer.args
+    return {
+        "decayed": trainer.get_decay_parameter_names(trainer.model),
+        "decay": args.weight_decay,
+        "lr": args.learning_rate,
+        "betas": (args.adam_beta1, args.adam_beta2),
+        "fused": args.optim == "adamw_torch_fused" or None,
     }
 
 

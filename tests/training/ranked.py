@@ -58,6 +58,8 @@ LOSSES = {
     "lagrangian": PairLossConfig(0.8, 1.7, anchor=0.3, nll=0.02),
     "bernoulli": PairLossConfig(0.8, 1.7, labels="bernoulli"),
     "adapter": PairLossConfig(0.5, 0.5),
+    "muon": PairLossConfig(0.8, 1.7, anchor=0.3, nll=0.02),
+    "muon_adapter": PairLossConfig(0.5, 0.5),
 }
 
 GRADIENT = PolicyGradient(
@@ -169,7 +171,9 @@ def training(kind: str, how: Resources, folder: Path) -> dict[str, Any]:
     """The course of a training and what came of it; the same where it goes on from a checkpoint,
     and where it had ended.
     """
-    job = Job(TRAINING, how, folder / kind, seed=3)
+    optimiser = "muon" if kind.startswith("muon") else "adamw"
+    settings = TRAINING.model_copy(update={"optimiser": optimiser})
+    job = Job(settings, how, folder / kind, seed=3)
     found = {}
     for name in ("whole", "resumed", "ended"):
         model, metrics = trained(kind, job, folder)

@@ -953,7 +953,9 @@ Start = Callable[[], torch.nn.Module]
 Train = Callable[[torch.nn.Module, Job], Any]
 
 
-@pytest.fixture(params=["soft", "bernoulli", "adapter", "ipo", "kto", "packed", "sft", "scorer"])
+@pytest.fixture(
+    params=["soft", "bernoulli", "adapter", "ipo", "kto", "packed", "sft", "scorer", "muon"]
+)
 def kind(
     request: pytest.FixtureRequest,
     tokenizer: PreTrainedTokenizerBase,
@@ -993,7 +995,12 @@ def kind(
             else policy(tokenizer)
         )
 
-    return start, lambda m, j: pairwise_training.train_pairwise(m, tokenizer, pairs, pair_loss, j)
+    def train(model: torch.nn.Module, job: Job) -> Any:
+        optimiser = "muon" if request.param == "muon" else "adamw"
+        how = changed(job, job.scratch.name, optimiser=optimiser)
+        return pairwise_training.train_pairwise(model, tokenizer, pairs, pair_loss, how)
+
+    return start, train
 
 
 class Interruption(TrainerCallback):
