@@ -402,8 +402,6 @@ FORMATS: dict[SourceFormat, Format] = {
     "alpaca": Format(_alpaca, {"sft": (("instruction", "output"),)}),
     "helpsteer2": Format(_helpsteer2, {"helpful": _HELPSTEER2_ROWS}, join=_two_ratings),
     "columns": Format(
-        _own,
-        {"sft": (_ANSWER, ("messages",)), "helpful": _PAIR, "safety": _PAIR},
-        check=_mapped,
+        _own, {"sft": (_ANSWER, ("messages",)), "helpful": _PAIR, "safety": _PAIR}, check=_mapped
     ),
 }

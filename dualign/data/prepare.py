@@ -472,11 +472,7 @@ def _prompts(drawn: Drawn, rows: dict[Kind, Settled]) -> list[dict[str, Any]]:
         row = rows[kind].rows[first[np.searchsorted(prompts, np.uint64(prompt))]]
         record = rows[kind].spool[row]
         found.append(
-            {
-                "prompt_id": f"{prompt:016x}",
-                "prompt": record.prompt,
-                "source": record.where.source,
-            }
+            {"prompt_id": f"{prompt:016x}", "prompt": record.prompt, "source": record.where.source}
         )
     return found
 
@@ -485,10 +481,7 @@ def _prompts(drawn: Drawn, rows: dict[Kind, Settled]) -> list[dict[str, Any]]:
 
 
 def _write(
-    folder: Path,
-    tables: dict[Kind, Settled],
-    sets: dict[str, list[dict[str, Any]]],
-    ledger: Ledger,
+    folder: Path, tables: dict[Kind, Settled], sets: dict[str, list[dict[str, Any]]], ledger: Ledger
 ) -> None:
     for kind, table in tables.items():
         name, columns = TABLES[kind]
@@ -534,10 +527,7 @@ def _write_quarantine(path: Path, ledger: Ledger) -> None:
 
 
 def _metrics(
-    params: PrepareParams,
-    tables: dict[Kind, Settled],
-    sets: dict[str, Drawn],
-    ledger: Ledger,
+    params: PrepareParams, tables: dict[Kind, Settled], sets: dict[str, Drawn], ledger: Ledger
 ) -> dict[str, Any]:
     """Counts per table and split, set, source and outcome, reason; the flags' balance."""
     return {

@@ -34,21 +34,8 @@ from dualign.core.records import AdapterConfig, read_record
 from dualign.lm.decoding import beside, instead_of
 from dualign.lm.engines.check import check_batches
 from dualign.lm.frozen import frozen, own
-from dualign.lm.loading import (
-    first_line,
-    load_model,
-    load_reported,
-    name_of,
-    require,
-    with_adapter,
-)
-from dualign.lm.numerics import (
-    check_head,
-    device_of,
-    in_precision,
-    precision_of,
-    without_adapter,
-)
+from dualign.lm.loading import first_line, load_model, load_reported, name_of, require, with_adapter
+from dualign.lm.numerics import check_head, device_of, in_precision, precision_of, without_adapter
 from dualign.lm.quantised import folded, is_quantised
 from dualign.lm.templates import own_template, read_template, settle
 from dualign.lm.tokens import PLAIN_TEMPLATE, TEMPLATE
@@ -465,11 +452,7 @@ def _sort_targets(config: Path) -> None:
 
 
 def load_scorer_backbone(
-    path: str,
-    tokenizer: PreTrainedTokenizerBase,
-    resources: Resources,
-    *,
-    trained: bool = True,
+    path: str, tokenizer: PreTrainedTokenizerBase, resources: Resources, *, trained: bool = True
 ) -> PreTrainedModel:
     """A sequence classifier with one output on top of a language model.
 

@@ -246,10 +246,7 @@ def _wholes(
 
 
 def _opened(
-    tokenizer: PreTrainedTokenizerBase,
-    turns: Sequence[Sequence[Message]],
-    head: str,
-    found: Layout,
+    tokenizer: PreTrainedTokenizerBase, turns: Sequence[Sequence[Message]], head: str, found: Layout
 ) -> list[str]:
     """Each conversation's text, which begins with `head` and has the answer after it.
 

@@ -76,10 +76,7 @@ def price(
         ]
         return solve_many(
             pool.reward,
-            [
-                pool.cost,
-                *(added.values(pool.cost, pool.length, pool.ended) for added in chosen),
-            ],
+            [pool.cost, *(added.values(pool.cost, pool.length, pool.ended) for added in chosen)],
             limits=[limit, *(added.limit for added in chosen)],
             beta=beta,
             members=members,

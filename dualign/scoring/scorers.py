@@ -28,15 +28,7 @@ from dualign.lm.numerics import padded_rows
 from dualign.lm.tokens import encode_conversations
 from dualign.params.base import Frozen, Resources
 from dualign.scoring.calibration import Calibration, Isotonic, Platt
-from dualign.scoring.kinds import (
-    KINDS,
-    PLAIN,
-    Loaded,
-    Place,
-    Reading,
-    is_encoder,
-    load_adapted,
-)
+from dualign.scoring.kinds import KINDS, PLAIN, Loaded, Place, Reading, is_encoder, load_adapted
 
 log = logging.getLogger(__name__)
 

@@ -37,11 +37,7 @@ def by_heart(training: TrainingParams, rows: int) -> bool:
 def flagged_arrays(answers: pd.DataFrame) -> Flagged:
     """Scores, flags and prompts of the answers that have a flag; each [answers]."""
     own = answers[answers["unsafe"].notna()]
-    return (
-        own["score"].to_numpy(float),
-        own["unsafe"].to_numpy(bool),
-        own["prompt_id"].to_numpy(),
-    )
+    return (own["score"].to_numpy(float), own["unsafe"].to_numpy(bool), own["prompt_id"].to_numpy())
 
 
 def together(first: Flagged, second: Flagged) -> Flagged:

@@ -255,12 +255,7 @@ def _response(tilt: Tilt | None, lam: float, beta: float) -> float:
 
 
 def _merge(
-    steps: Sequence[Step],
-    target: float,
-    z: float,
-    beta: float,
-    ends: SearchContext,
-    largest: float,
+    steps: Sequence[Step], target: float, z: float, beta: float, ends: SearchContext, largest: float
 ) -> float | None:
     """The weight of the pool's multiplier first, then secants on (q, C); q = 1 is the start itself.
 
@@ -287,10 +282,7 @@ def _merge_between(
 
 
 def screened_weight(
-    search: Search,
-    steps: Sequence[Step],
-    proposed: float,
-    screen: Callable[[float], Screening],
+    search: Search, steps: Sequence[Step], proposed: float, screen: Callable[[float], Screening]
 ) -> tuple[float, list[Screening]]:
     """A proposed merge weight, corrected on the pool's cost curve while that can be trusted; and
     what was screened.

@@ -22,27 +22,13 @@ from dualign.core.errors import DataError, ModelError, ParamsError
 from dualign.lm.batches import unpadded
 from dualign.lm.models import save, with_lora
 from dualign.lm.numerics import answer_log_probabilities
-from dualign.lm.packing import (
-    attention_kept,
-    enable_packing,
-    packed_log_probabilities,
-    packs,
-    wide,
-)
+from dualign.lm.packing import attention_kept, enable_packing, packed_log_probabilities, packs, wide
 from dualign.math import losses
 from dualign.params.base import LoraParams
 from dualign.params.training import LossType
 from dualign.training.columns import id_column, table_of
 from dualign.training.pair_losses import PAIR_LOSSES, PairBatch
-from dualign.training.run import (
-    Job,
-    Metrics,
-    Model,
-    arguments,
-    run,
-    tell_dropped,
-    without_dropout,
-)
+from dualign.training.run import Job, Metrics, Model, arguments, run, tell_dropped, without_dropout
 from dualign.training.shares import COUNTED, Shared
 
 

@@ -16,11 +16,7 @@ from typing import Any, TypeAlias
 import torch
 from accelerate.utils import set_seed
 from peft import PeftModel
-from transformers import (
-    PreTrainedModel,
-    PrinterCallback,
-    TrainerState,
-)
+from transformers import PreTrainedModel, PrinterCallback, TrainerState
 
 from dualign.core import ranks
 from dualign.core.artifacts import faults_told, read_json, write_json

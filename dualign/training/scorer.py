@@ -16,15 +16,7 @@ from trl.trainer.reward_trainer import DataCollatorForPreference
 
 from dualign.math import losses
 from dualign.training.columns import id_column, table_of
-from dualign.training.run import (
-    Job,
-    Metrics,
-    Model,
-    arguments,
-    run,
-    tell_dropped,
-    without_dropout,
-)
+from dualign.training.run import Job, Metrics, Model, arguments, run, tell_dropped, without_dropout
 from dualign.training.shares import COUNTED, Shared
 
 

@@ -14,14 +14,7 @@ from dualign.lm.numerics import answer_log_probabilities
 from dualign.lm.sampling import log_probabilities
 from dualign.training.columns import id_column, table_of
 from dualign.training.metering import IGNORED
-from dualign.training.run import (
-    Job,
-    Metrics,
-    Model,
-    arguments,
-    run,
-    tell_dropped,
-)
+from dualign.training.run import Job, Metrics, Model, arguments, run, tell_dropped
 from dualign.training.shares import Shared
 
 

@@ -12,13 +12,7 @@ from dualign.core import ranks
 from dualign.core.progress import Progress
 from dualign.lm.batches import by_length
 from dualign.lm.decoding import drawing
-from dualign.lm.engines.interface import (
-    Answer,
-    Request,
-    batch_seed,
-    left_padded,
-    until_end,
-)
+from dualign.lm.engines.interface import Answer, Request, batch_seed, left_padded, until_end
 from dualign.lm.numerics import without_adapter
 from dualign.params.base import Resources
 
