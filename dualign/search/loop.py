@@ -18,7 +18,7 @@ from dualign.math.updates import merge_multiplier, tail
 from dualign.methods import ITERATIVE, Plan
 from dualign.params.search import DualSearchParams
 from dualign.search.journal import Blend, Step, record, restore
-from dualign.search.policy import Search, blend_first, jointly, rule_of, screened_weight, solved
+from dualign.search.policy import RULES, Search, blend_first, jointly, screened_weight, solved
 from dualign.search.screening import Screening
 
 log = logging.getLogger(__name__)
@@ -117,12 +117,12 @@ def _iterate(
     enough: Callable[[Step], bool],
 ) -> tuple[list[Step], str]:
     """Take the steps that the rule asks for, or the blends that save them, and say why they end."""
-    rule = rule_of(search)
+    rule = RULES[search.plan.method.rule]
     while True:
         _log_step(steps[-1], search.params)
         if enough(steps[-1]):
             return steps, "it was enough"
-        proposed = rule(steps, search.target)
+        proposed = rule(search, steps)
         if proposed is None:
             return steps, _reason(search, steps[-1])
         blend = blend_first(search, steps)
@@ -139,7 +139,7 @@ def _reason(search: Search, last: Step) -> str:
     """Why a rule proposes nothing more after this step."""
     rule = search.plan.method.rule
     params = search.params
-    if rule in (*ITERATIVE, "merge") and solved(last, search.target, params.z):
+    if rule in (*ITERATIVE, "merge") and solved(search, last):
         if last.prices:
             return "all limits are met within noise, or kept at price 0"
         if abs(last.measured.cost - search.target) > params.z * last.measured.cost_se:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 
@@ -66,43 +65,15 @@ class Search:
 
 # --- the rules ------------------------------------------------------------------------------------
 
-#: The next multiplier (or merge weight) after these steps, given the target; None to stop.
-Rule = Callable[[Sequence[Step], float], float | None]
+#: The next multiplier (or merge weight) of a search after these steps; None to stop.
+Rule = Callable[[Search, Sequence[Step]], float | None]
 
 
-def rule_of(search: Search) -> Rule:
-    """The rule of a search, bound to those of its params that it reads."""
-    params = search.params
-    context = search.context
-    least = params.lambda_min if search.plan.method.inner == "safety" else 0.0  # it divides by it
-    rules: dict[RuleName, Rule] = {
-        "grid": partial(_grid, grid=[max(lam, least) for lam in params.grid]),
-        "one_shot": _one_shot,
-        "ascent": partial(_ascent, begin=context.lam_start),
-        "dual_gradient": partial(
-            _dual_gradient, z=params.z, step_size=params.step_size, lambda_max=params.lambda_max
-        ),
-        "projected_subgradient": partial(
-            _projected_subgradient,
-            z=params.z,
-            step_size=params.step_size,
-            interval=(params.lambda_min, context.radius),
-            rounds=params.online is not None,
-        ),
-        "newton": partial(_newton, z=params.z, beta=params.beta, lambda_max=params.lambda_max),
-        "merge": partial(
-            _merge, z=params.z, beta=params.beta, ends=context, largest=params.merge_max
-        ),
-    }
-    return rules[search.plan.method.rule]
-
-
-def solved(step: Step, target: float, z: float) -> bool:
-    """Whether a step meets the conditions of optimality up to z standard errors: each limit is met,
-    or kept at multiplier 0.
-    """
+def solved(search: Search, step: Step) -> bool:
+    """Whether a step is optimal up to z standard errors: each limit is met, or kept at price 0."""
     m = step.measured
-    if not _met(m.cost - target, m.cost_se, step.lam, z):
+    z = search.params.z
+    if not _met(m.cost - search.target, m.cost_se, step.lam, z):
         return False
     if not step.prices:
         return True
@@ -117,66 +88,62 @@ def _met(excess: float, error: float, lam: float, z: float) -> bool:
     return abs(excess) <= z * error or (lam == 0 and excess < 0)
 
 
-def _grid(steps: Sequence[Step], target: float, grid: Sequence[float]) -> float | None:
-    for lam in grid:
+def _grid(search: Search, steps: Sequence[Step]) -> float | None:
+    least = search.params.lambda_min if search.plan.method.inner == "safety" else 0.0  # 1 / lambda
+    for lam in (max(lam, least) for lam in search.params.grid):
         if all(abs(lam - step.lam) > 1e-9 for step in steps):
             return lam
     return None
 
 
-def _one_shot(steps: Sequence[Step], target: float) -> float | None:
+def _one_shot(search: Search, steps: Sequence[Step]) -> float | None:
     return None
 
 
-def _ascent(steps: Sequence[Step], target: float, begin: float) -> float | None:
+def _ascent(search: Search, steps: Sequence[Step]) -> float | None:
     """One training, which moves lambda itself from where it begins."""
-    return begin if len(steps) == 1 else None
+    return search.context.lam_start if len(steps) == 1 else None
 
 
-def _dual_gradient(
-    steps: Sequence[Step], target: float, z: float, step_size: float, lambda_max: float
-) -> float | None:
+def _dual_gradient(search: Search, steps: Sequence[Step]) -> float | None:
     last = steps[-1]
-    if solved(last, target, z):
+    params = search.params
+    if solved(search, last):
         return None
-    proposed = updates.dual_gradient_step(last.lam, last.measured.cost, target, step_size)
-    return min(proposed, lambda_max)
+    cost = last.measured.cost
+    proposed = updates.dual_gradient_step(last.lam, cost, search.target, params.step_size)
+    return min(proposed, params.lambda_max)
 
 
-def _projected_subgradient(
-    steps: Sequence[Step],
-    target: float,
-    z: float,
-    step_size: float,
-    interval: tuple[float, float],
-    rounds: bool,
-) -> float | None:
-    """`interval` is (lambda_min, Slater radius).
-
-    Stops where the projection gives the last multiplier again, unless fresh comparisons make
-    another of the `rounds` of it."""
+def _projected_subgradient(search: Search, steps: Sequence[Step]) -> float | None:
+    """Stops where the projection gives the last multiplier again, unless fresh comparisons make
+    another round of it."""
     last = steps[-1]
-    if solved(last, target, z):
+    params = search.params
+    if solved(search, last):
         return None
-    lambda_min, radius = interval
     proposed = updates.projected_subgradient_step(
-        last.lam, last.measured.cost, target, step_size, radius, lambda_min
+        last.lam,
+        last.measured.cost,
+        search.target,
+        params.step_size,
+        search.context.radius,
+        params.lambda_min,
     )
-    return None if proposed == last.lam and not rounds else proposed
+    return None if proposed == last.lam and params.online is None else proposed
 
 
-def _newton(
-    steps: Sequence[Step], target: float, z: float, beta: float, lambda_max: float
-) -> float | None:
+def _newton(search: Search, steps: Sequence[Step]) -> float | None:
     """The line through all trainings, Newton's at first. A start within noise of the target is not
     corrected.
 
     Its multiplier is that of the whole pool, which says more than the fewer prompts of one
     measurement do."""
-    if solved(steps[-1], target, z):
+    if solved(search, steps[-1]):
         return None
-    proposed = corrections(steps, target, beta)
-    return min(proposed.newton if proposed.line is None else proposed.line, lambda_max)
+    proposed = corrections(steps, search.target, search.params.beta)
+    lam = proposed.newton if proposed.line is None else proposed.line
+    return min(lam, search.params.lambda_max)
 
 
 @dataclass(frozen=True)
@@ -254,31 +221,40 @@ def _response(tilt: Tilt | None, lam: float, beta: float) -> float:
 # --- merges ---------------------------------------------------------------------------------------
 
 
-def _merge(
-    steps: Sequence[Step], target: float, z: float, beta: float, ends: SearchContext, largest: float
-) -> float | None:
+def _merge(search: Search, steps: Sequence[Step]) -> float | None:
     """The weight of the pool's multiplier first, then secants on (q, C); q = 1 is the start itself.
 
     A start that was trained at the pool's multiplier is that first policy, and Newton's step comes
     next."""
+    ends = search.context
     begins = len(steps) == 1
     tried = not begins or ends.lam_start == ends.lam_pool
-    if tried and solved(steps[-1], target, z):
+    if tried and solved(search, steps[-1]):
         return None
     if not begins:
-        points = [(step.weight, step.measured.cost) for step in steps]
-        return _merge_between(points, target, largest, ends.naive)
-    lam = corrections(steps, target, beta).newton if tried else ends.lam_pool
+        return _merge_between(search, [(step.weight, step.measured.cost) for step in steps])
+    lam = ends.lam_pool
+    if tried:
+        lam = corrections(steps, search.target, search.params.beta).newton
     first = updates.first_weight(lam, ends.lam_start, ends.naive, ends.lam_reference)
-    return min(first, largest)
+    return min(first, search.params.merge_max)
 
 
-def _merge_between(
-    points: Sequence[tuple[float, float]], target: float, largest: float, naive: bool
-) -> float | None:
-    weight = updates.next_weight(points, target, largest)
-    beyond = weight is not None and naive and weight >= 1  # there a naive merge has no multiplier
+def _merge_between(search: Search, points: Sequence[tuple[float, float]]) -> float | None:
+    weight = updates.next_weight(points, search.target, search.params.merge_max)
+    beyond = weight is not None and search.context.naive and weight >= 1  # it has no multiplier
     return None if beyond else weight
+
+
+RULES: dict[RuleName, Rule] = {
+    "grid": _grid,
+    "one_shot": _one_shot,
+    "ascent": _ascent,
+    "dual_gradient": _dual_gradient,
+    "projected_subgradient": _projected_subgradient,
+    "newton": _newton,
+    "merge": _merge,
+}
 
 
 def screened_weight(
@@ -305,7 +281,7 @@ def screened_weight(
         if tried[-1].ess < params.min_ess or abs(cost - search.target) <= near:
             break
         points.append((q, cost))
-        better = _merge_between(points, search.target, params.merge_max, search.context.naive)
+        better = _merge_between(search, points)
         if better is None:
             break
         q = better

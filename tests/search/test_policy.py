@@ -16,7 +16,7 @@ from dualign.methods import METHODS, Plan
 from dualign.params.search import DualSearchParams, OnlineParams
 from dualign.search.journal import Blend, Step
 from dualign.search.loop import run
-from dualign.search.policy import Search, SearchContext, next_blend, rule_of
+from dualign.search.policy import RULES, Search, SearchContext, next_blend
 from dualign.search.summary import summary
 from tests.search.curves import (
     BETA,
@@ -37,7 +37,7 @@ def proposed(
     rule: str, steps: Sequence[Step], params: DualSearchParams, context: SearchContext
 ) -> float | None:
     """What the rule says comes next, the limit as the target."""
-    return rule_of(Search(by_rule(rule), params, context))(steps, params.limit)
+    return RULES[rule](Search(by_rule(rule), params, context), steps)
 
 
 @pytest.mark.parametrize("slope", [0.6, 1.0, 1.6])
@@ -66,13 +66,11 @@ def test_the_line_beats_the_secant_where_costs_are_noisy(
     assert len(errors["line"]) > 200 and np.mean(errors["line"]) < 0.75 * np.mean(errors["secant"])
 
 
-RULES = ["grid", "one_shot", "dual_gradient", "projected_subgradient", "newton", "merge", "ascent"]
-
-
-@pytest.mark.parametrize("rule", RULES)
-def test_every_rule_of_the_table_is_tested_here(rule: str, params: DualSearchParams) -> None:
-    assert {method.rule for method in METHODS.values()} <= set(RULES)
-    assert callable(rule_of(Search(by_rule(rule), params, SearchContext(0.6, 0.6))))
+def test_every_rule_of_the_table_is_tested_here() -> None:
+    tested = {
+        "grid", "one_shot", "dual_gradient", "projected_subgradient", "newton", "merge", "ascent",
+    }  # fmt: skip
+    assert {method.rule for method in METHODS.values()} <= tested == set(RULES)
 
 
 def test_newton_needs_two_trainings(bench: Curve, params: DualSearchParams, tmp_path: Path) -> None:
