@@ -28,6 +28,7 @@ from dualign.core.schema import HELPFUL_PAIRS, SAFETY_PAIRS, pair_id, read_table
 from dualign.lm.tokens import encode_answers, encode_prompts
 from dualign.math.losses import folded_reference
 from dualign.params.base import TrainingParams
+from dualign.params.search import OnlineParams
 from dualign.search import exploration
 from dualign.training.pairs import preference_pairs, rows_within_budget
 from dualign.training.pairwise import Pair
@@ -150,23 +151,6 @@ def _table(compared: pd.DataFrame, first_wins: pd.Series, source: str) -> pd.Dat
 # --- bonuses --------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Bonuses:
-    """How bonuses are computed: gamma, two scales, and the width of the projection (None: no
-    projection).
-
-    A scale is the mean gap of a bonus within the pairs that are observed first, in units of reward
-    and of cost. It fixes alpha_r and alpha_c, which stay as they are while pairs come in: the same
-    scale suits any model and any data.
-    """
-
-    ridge: float
-    reward_scale: float
-    cost_scale: float
-    dimension: int | None
-    seed: int
-
-
 @dataclass
 class _Seen:
     """Differences of features of one kind of pairs, [pairs, d] of each call, and the alpha that the
@@ -181,22 +165,27 @@ class _Seen:
 
 class Exploration:
     """The covariances of helpful and of safety pairs over the rounds, in the features of the
-    reference policy.
-    """
+    reference policy, which a matrix drawn from `seed` projects where params say so.
+
+    A scale is the mean gap of a bonus within the pairs that are observed first. It fixes alpha_r
+    and alpha_c, which stay as they are while pairs come in: the same scale suits any model and any
+    data."""
 
     def __init__(
         self,
         reference: torch.nn.Module,
         tokenizer: PreTrainedTokenizerBase,
         batch_size: int,
-        bonuses: Bonuses,
+        params: OnlineParams,
+        seed: int,
     ) -> None:
         self._reference = reference
         self._tokenizer = tokenizer
         self._batch_size = batch_size
-        self._bonuses = bonuses
-        self._helpful = _Seen("reward_scale", bonuses.reward_scale)
-        self._safety = _Seen("cost_scale", bonuses.cost_scale)
+        self._params = params
+        self._seed = seed
+        self._helpful = _Seen("reward_scale", params.reward_scale)
+        self._safety = _Seen("cost_scale", params.cost_scale)
 
     def observe(self, data: Preferences) -> None:
         """Count in the pairs of a table: the offline ones first, which fix both alphas, then those
@@ -208,9 +197,8 @@ class Exploration:
             if len(frame):
                 chosen, rejected = self._both(frame)
                 if not seen.differences:
-                    seen.alpha = _alpha(
-                        seen, exploration.spread(chosen, rejected, self._bonuses.ridge)
-                    )
+                    spread = exploration.spread(chosen, rejected, self._params.ridge)
+                    seen.alpha = _alpha(seen, spread)
                 seen.differences.append(chosen - rejected)
 
     def optimism(self, prompts: list[list[int]], answers: list[list[int]], lam: float) -> Tensor:
@@ -222,11 +210,9 @@ class Exploration:
         phi = exploration.features(
             self._reference, self._tokenizer, prompts, answers, self._batch_size
         )
-        if self._bonuses.dimension is None:
+        if self._params.dimension is None:
             return phi
-        return phi @ exploration.projection(
-            phi.shape[1], self._bonuses.dimension, self._bonuses.seed
-        )
+        return phi @ exploration.projection(phi.shape[1], self._params.dimension, self._seed)
 
     def _both(self, frame: pd.DataFrame) -> tuple[Tensor, Tensor]:
         """Features of the chosen and of the rejected answers."""
@@ -236,7 +222,7 @@ class Exploration:
         return chosen, rejected
 
     def _bonus(self, phi: Tensor, seen: _Seen) -> Tensor:
-        norm = exploration.precision(torch.cat(seen.differences), self._bonuses.ridge)
+        norm = exploration.precision(torch.cat(seen.differences), self._params.ridge)
         return exploration.bonus(phi, norm, seen.alpha)
 
 

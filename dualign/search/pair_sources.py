@@ -19,7 +19,6 @@ from dualign.math.dual.tilt import soft_value
 from dualign.search.answers import Answers
 from dualign.search.journal import Step
 from dualign.search.online import (
-    Bonuses,
     Exploration,
     Preferences,
     collect,
@@ -224,16 +223,13 @@ class FreshPairs:
         return pool[pool["sample"] < count]
 
     def _explored(self, seen: Sequence[Preferences]) -> Exploration:
-        online = self._online
-        bonuses = Bonuses(
-            online.ridge,
-            online.reward_scale,
-            online.cost_scale,
-            online.dimension,
+        explored = Exploration(
+            self._scorers.reference,
+            self._scorers.tokenizer,
+            self._task.resources.scoring_batch_size,
+            self._online,
             self._task.params.seed,
         )
-        batch = self._task.resources.scoring_batch_size
-        explored = Exploration(self._scorers.reference, self._scorers.tokenizer, batch, bonuses)
         for tables in seen:
             explored.observe(tables)
         return explored

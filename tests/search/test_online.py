@@ -20,9 +20,9 @@ from dualign.data.labelling import compare
 from dualign.lm.models import build_scratch, train_tokenizer
 from dualign.lm.sampling import log_probabilities
 from dualign.lm.tokens import encode_answers, encode_prompts
+from dualign.params.search import OnlineParams
 from dualign.search.exploration import features, projection
 from dualign.search.online import (
-    Bonuses,
     Exploration,
     Preferences,
     collect,
@@ -35,7 +35,15 @@ from tests.tiny import TINY, short_training
 
 QUESTIONS = [world.prompts()[0], world.prompts()[3000]]
 BETA, LAM = 0.7, 1.3
-BONUSES = Bonuses(ridge=0.5, reward_scale=0.4, cost_scale=0.9, dimension=None, seed=0)
+BONUSES = OnlineParams(
+    labels="oracle",
+    folder="data/labels",
+    retrain_reward=False,
+    ridge=0.5,
+    reward_scale=0.4,
+    cost_scale=0.9,
+    dimension=None,
+)
 
 
 @pytest.fixture(scope="module")
@@ -237,7 +245,8 @@ def test_a_scale_is_the_mean_gap_within_the_first_pairs(
     reference: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
     first = fresh((0, 1, 5), (10, 11, 30), tmp_path)
-    explored = Exploration(reference, tokenizer, 3, Bonuses(0.5, 0.4, 0.0, None, 7))
+    free = BONUSES.model_copy(update={"cost_scale": 0.0})
+    explored = Exploration(reference, tokenizer, 3, free, 7)
     explored.observe(first)
     table = first.helpful
     prompts = encode_prompts(tokenizer, table["prompt"].tolist())
@@ -255,12 +264,11 @@ def test_first_pairs_without_a_gap_fix_no_scale(
         *(table.assign(rejected=table["chosen"]) for table in (pairs.helpful, pairs.safety))
     )
     scales = {"reward_scale": 0.0, "cost_scale": 0.0}
-    explored = Exploration(
-        reference, tokenizer, 1, Bonuses(0.5, **scales | {key: 0.4}, dimension=None, seed=7)
-    )
+    unscaled = BONUSES.model_copy(update=scales)
+    explored = Exploration(reference, tokenizer, 1, unscaled.model_copy(update={key: 0.4}), 7)
     with pytest.raises(DataError, match=rf"online\.{key}: .* online\.dimension"):
         explored.observe(same)
-    none = Exploration(reference, tokenizer, 1, Bonuses(0.5, **scales, dimension=None, seed=7))
+    none = Exploration(reference, tokenizer, 1, unscaled, 7)
     none.observe(same)
     assert Probe(tokenizer, 0, 1)(none).tolist() == [0.0] * 4
 
@@ -274,7 +282,8 @@ def test_optimism_is_both_bonuses_each_of_its_own_pairs(
 ) -> None:
     first, second = fresh((0, 1), (10, 11), tmp_path), fresh((30,), (36,), tmp_path)
     uneven = Preferences(second.helpful.head(0), second.safety)  # safety pairs alone
-    explored = Exploration(reference, tokenizer, 3, Bonuses(0.5, 0.4, 0.9, dimension, 7))
+    narrow = BONUSES.model_copy(update={"dimension": dimension})
+    explored = Exploration(reference, tokenizer, 3, narrow, 7)
     for data in (first, uneven):
         explored.observe(data)
     probe = Probe(tokenizer, 1, 25, 41)
@@ -296,7 +305,7 @@ def test_optimism_is_both_bonuses_each_of_its_own_pairs(
 def test_a_resumed_search_has_the_same_bonuses_bit_for_bit(
     reference: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
-    probe, straight = Probe(tokenizer, 1, 25), Exploration(reference, tokenizer, 4, BONUSES)
+    probe, straight = Probe(tokenizer, 1, 25), Exploration(reference, tokenizer, 4, BONUSES, 0)
     rounds = [
         fresh((0, 1, 2), (10, 11, 12), tmp_path),
         fresh((5, 6), (20, 21), tmp_path),
@@ -306,7 +315,7 @@ def test_a_resumed_search_has_the_same_bonuses_bit_for_bit(
         tables.write(tmp_path / f"{number}")
         straight.observe(tables)
         probe(straight)  # a round trains with its bonuses before the next one comes
-    resumed = Exploration(reference, tokenizer, 4, BONUSES)
+    resumed = Exploration(reference, tokenizer, 4, BONUSES, 0)
     for number in range(3):
         resumed.observe(Preferences.read(tmp_path / f"{number}"))
     assert torch.equal(probe(resumed), probe(straight))
@@ -326,7 +335,7 @@ def test_rounds_lower_bonuses_in_whatever_order_they_come(
     )  # which fixes both alphas
     ends = []
     for order in (rounds, rounds[::-1]):
-        explored, values = Exploration(reference, tokenizer, 4, BONUSES), []
+        explored, values = Exploration(reference, tokenizer, 4, BONUSES, 0), []
         explored.observe(offline)
         for data in order:
             explored.observe(data)
@@ -346,7 +355,7 @@ def test_phase_two_has_the_safer_answer_first_and_bonuses_in_its_reference(
     tmp_path: Path,
 ) -> None:
     data = fresh((0, 1, 2), (10, 11, 12), tmp_path)
-    explored = Exploration(reference, tokenizer, 3, BONUSES)
+    explored = Exploration(reference, tokenizer, 3, BONUSES, 0)
     explored.observe(data)
     pairs = phase_two(data, helpful, tokenizer, 3, explored, lam=LAM, beta=BETA)
     for pair, row in zip(pairs, data.safety.itertuples(), strict=True):
@@ -370,7 +379,8 @@ def test_a_round_depends_on_its_seeds_alone(
 
     def play(seed: int) -> tuple[Any, Any]:
         current = fresh((20, 21, 22, 23), (30, 31, 32, 33), tmp_path, seed)
-        explored = Exploration(reference, tokenizer, 4, Bonuses(0.5, 0.4, 0.9, 6, seed))
+        narrow = BONUSES.model_copy(update={"dimension": 6})
+        explored = Exploration(reference, tokenizer, 4, narrow, seed)
         data = union(offline, current)
         for part in (offline, current):
             explored.observe(part)
