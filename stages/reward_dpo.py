@@ -47,8 +47,7 @@ def main(run: Run[RewardDpoParams]) -> None:
         PAIRS, *sorted({MODELS / name for name in ("sft", spec.reference, spec.margin)})
     )
     job = Job(params.training, run.resources, scratch, params.seed)
-    chosen = spec.model_dump(include=set(LOSS_FIELDS), exclude_none=True)
-    pair_loss = PairLossConfig(scale=params.beta, beta=params.beta, **chosen)
+    pair_loss = PairLossConfig.of(spec, params.beta, params.beta)
     metrics = fit_pairs(policy, tokenizer, pairs, pair_loss, job, params.lora, OUT / item)
     told = RewardMetrics(
         reference=spec.reference,

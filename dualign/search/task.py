@@ -49,11 +49,9 @@ class PairLosses:
 
     def at(self, lam: float, beta: float) -> PairLossConfig:
         """The loss at a multiplier and KL weight."""
-        weights = self.lagrangian
-        if weights is None:
-            return PairLossConfig(beta / lam, beta, **self.safety.model_dump(exclude_none=True))
-        scale = beta * self.scale(lam)
-        return PairLossConfig(scale, beta, weights.labels, weights.anchor, weights.nll)
+        if self.lagrangian is None:
+            return PairLossConfig.of(self.safety, beta / lam, beta)
+        return PairLossConfig.lagrangian(self.lagrangian, lam, beta)
 
     def scale(self, lam: float) -> float:
         """What multiplies r - lambda c in a label."""

@@ -56,13 +56,7 @@ def train_at(
     rate = spec.learning_rate or job.training.learning_rate
     steps = spec.max_steps or job.training.max_steps
     training = job.training.model_copy(update={"learning_rate": rate, "max_steps": steps})
-    pair_loss = PairLossConfig(
-        scale=params.beta * lagrangian_scale(lam, spec.pair_loss.normalised),
-        beta=params.beta,
-        labels=spec.pair_loss.labels,
-        anchor=spec.pair_loss.anchor,
-        nll=spec.pair_loss.nll,
-    )
+    pair_loss = PairLossConfig.lagrangian(spec.pair_loss, lam, params.beta)
     tokenizer = load_tokenizer(begin)
     policy = load_policy(begin, job.resources, trained=params.lora.rank == 0)
     job = replace(job, training=training)

@@ -25,10 +25,10 @@ from dualign.lm.numerics import answer_log_probabilities
 from dualign.lm.packing import attention_kept, enable_packing, packed_log_probabilities, packs, wide
 from dualign.math import losses
 from dualign.params.base import LoraParams
-from dualign.params.training import LossType
+from dualign.params.training import LOSS_FIELDS, LossSpec, LossType, PairLossParams
 from dualign.training.columns import id_column, table_of
 from dualign.training.pair_losses import PAIR_LOSSES, PairBatch
-from dualign.training.run import Job, Metrics, Model, arguments, run, tell_dropped, without_dropout
+from dualign.training.run import Job, Metrics, Model, arguments, run, short_enough, without_dropout
 from dualign.training.shares import COUNTED, Shared
 
 
@@ -70,6 +70,17 @@ class PairLossConfig:
     clip: float | None = None
     epsilon: float = 0.0
     gamma: float = 0.0
+
+    @classmethod
+    def of(cls, spec: LossSpec, scale: float, beta: float) -> PairLossConfig:
+        """The loss that a run names."""
+        return cls(scale, beta, **spec.model_dump(include=set(LOSS_FIELDS), exclude_none=True))
+
+    @classmethod
+    def lagrangian(cls, weights: PairLossParams, lam: float, beta: float) -> PairLossConfig:
+        """The Lagrangian loss at a multiplier."""
+        scale = beta * losses.lagrangian_scale(lam, weights.normalised)
+        return cls(scale, beta, weights.labels, weights.anchor, weights.nll)
 
 
 def train_pairwise(
@@ -141,16 +152,11 @@ def pairwise_trainer(
 
 
 def fitting(pairs: Sequence[Pair], max_length: int) -> list[Pair]:
-    """The pairs of which every answer fits into `max_length` tokens with the prompt. Raises
-    DataError if none does.
-    """
-    kept = [
-        p
-        for p in pairs
-        if len(p.prompt) + max(map(len, (p.first, p.second, p.mismatched or []))) <= max_length
+    """The pairs of which every answer fits into `max_length` tokens with the prompt."""
+    lengths = [
+        len(p.prompt) + max(map(len, (p.first, p.second, p.mismatched or []))) for p in pairs
     ]
-    tell_dropped(len(pairs), len(kept), max_length)
-    return kept
+    return short_enough(pairs, lengths, max_length)
 
 
 def undesirable_weight(pairs: Sequence[Pair]) -> float:

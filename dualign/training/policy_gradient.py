@@ -44,7 +44,7 @@ from dualign.lm.sampling import sample
 from dualign.lm.tokens import decode_answers, encode_prompts
 from dualign.scoring.scorers import Scorer
 from dualign.training.metering import Metered
-from dualign.training.run import Job, Metrics, Model, arguments, run, tell_dropped
+from dualign.training.run import Job, Metrics, Model, arguments, run, short_enough
 from dualign.training.sharding import Sharding
 
 T = TypeVar("T")
@@ -399,11 +399,7 @@ def _fitting(
     if not len(prompts):
         raise DataError("there are no prompts to answer; a policy gradient needs some")
     ids = encode_prompts(tokenizer, prompts)
-    kept = [
-        prompt for prompt, row in zip(prompts, ids, strict=True) if len(row) + room <= max_length
-    ]
-    tell_dropped(len(prompts), len(kept), max_length)
-    return kept
+    return short_enough(prompts, [len(row) + room for row in ids], max_length)
 
 
 def _steps(prompts: int, samples: int, job: Job) -> tuple[int, int]:

@@ -8,10 +8,10 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from accelerate.utils import set_seed
@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 
 Model: TypeAlias = PreTrainedModel | PeftModel
 Metrics: TypeAlias = dict[str, Any]
+T = TypeVar("T")
 #: Attributes of modules that hold a rate of dropout, or of the noise of a router, beside those of
 #: `torch.nn.Dropout`: Llama's attention_dropout, OPT's dropout and layerdrop.
 _NOISE = re.compile("drop|jitter")
@@ -222,13 +223,14 @@ def _drop_copy(model: Model) -> None:
         model.delete_adapter("ref")
 
 
-def tell_dropped(given: int, kept: int, max_length: int) -> None:
-    if kept < given:
-        log.warning(
-            "left out %d of %d rows longer than max_length %d tokens",
-            given - kept,
-            given,
-            max_length,
-        )
-    if kept == 0:
+def short_enough(rows: Sequence[T], lengths: Iterable[int], max_length: int) -> list[T]:
+    """The rows of at most `max_length` tokens; tells of the others. Raises DataError if none is."""
+    measured = zip(rows, lengths, strict=True)
+    kept = [row for row, length in measured if length <= max_length]
+    left_out = len(rows) - len(kept)
+    if left_out:
+        what = "left out %d of %d rows longer than max_length %d tokens"
+        log.warning(what, left_out, len(rows), max_length)
+    if not kept:
         raise DataError(f"no row fits into max_length {max_length} tokens; raise {_LENGTH}")
+    return kept

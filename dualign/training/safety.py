@@ -35,8 +35,7 @@ def train_at(
     pairs = safety_training_pairs(
         train, policy, tokenizer, job.resources.scoring_batch_size, spec.loss_type
     )
-    chosen = spec.model_dump(include=set(LOSS_FIELDS), exclude_none=True)
-    pair_loss = PairLossConfig(scale=params.beta / lam, beta=params.beta, **chosen)
+    pair_loss = PairLossConfig.of(spec, params.beta / lam, params.beta)
     metrics = fit_pairs(policy, tokenizer, pairs, pair_loss, job, params.lora, out)
     told = SafetyMetrics(
         lam=lam,

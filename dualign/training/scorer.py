@@ -16,7 +16,7 @@ from trl.trainer.reward_trainer import DataCollatorForPreference
 
 from dualign.math import losses
 from dualign.training.columns import id_column, table_of
-from dualign.training.run import Job, Metrics, Model, arguments, run, tell_dropped, without_dropout
+from dualign.training.run import Job, Metrics, Model, arguments, run, short_enough, without_dropout
 from dualign.training.shares import COUNTED, Shared
 
 
@@ -64,8 +64,8 @@ def train_scorer(
 
 
 def _ranked(pairs: Sequence[ScoredPair], max_length: int) -> Dataset:
-    kept = [pair for pair in pairs if max(len(pair.high), len(pair.low)) <= max_length]
-    tell_dropped(len(pairs), len(kept), max_length)
+    lengths = [max(len(pair.high), len(pair.low)) for pair in pairs]
+    kept = short_enough(pairs, lengths, max_length)
     return table_of(
         {
             "chosen_ids": id_column(pair.high for pair in kept),

@@ -14,7 +14,7 @@ from dualign.lm.numerics import answer_log_probabilities
 from dualign.lm.sampling import log_probabilities
 from dualign.training.columns import id_column, table_of
 from dualign.training.metering import IGNORED
-from dualign.training.run import Job, Metrics, Model, arguments, run, tell_dropped
+from dualign.training.run import Job, Metrics, Model, arguments, run, short_enough
 from dualign.training.shares import Shared
 
 
@@ -54,20 +54,10 @@ def heldout_loss(
     max_length.
     """
     kept = _fitting(rows, job.training.max_length)
-    logps = _logps(model, tokenizer, kept, job)
-    return -float(logps.sum()) / sum(len(answer) for _, answer in kept)
-
-
-def _logps(
-    model: Model,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[tuple[list[int], list[int]]],
-    job: Job,
-) -> Tensor:
-    """log pi(answer | prompt) of each row, fp64."""
-    prompts, answers = zip(*rows, strict=True)
+    prompts, answers = zip(*kept, strict=True)
     size = job.resources.scoring_batch_size
-    return log_probabilities(model, tokenizer, prompts, answers, batch_size=size)
+    logps = log_probabilities(model, tokenizer, prompts, answers, batch_size=size)
+    return -float(logps.sum()) / sum(map(len, answers))
 
 
 class SupervisedTrainer(Shared, SFTTrainer):
@@ -101,9 +91,7 @@ class SupervisedTrainer(Shared, SFTTrainer):
 def _fitting(
     rows: Sequence[tuple[list[int], list[int]]], max_length: int
 ) -> list[tuple[list[int], list[int]]]:
-    kept = [(prompt, answer) for prompt, answer in rows if len(prompt) + len(answer) <= max_length]
-    tell_dropped(len(rows), len(kept), max_length)
-    return kept
+    return short_enough(rows, [len(prompt) + len(answer) for prompt, answer in rows], max_length)
 
 
 def _supervised(rows: Sequence[tuple[list[int], list[int]]], max_length: int) -> Dataset:
