@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from bench import options
+from bench.losses import huber_difference_loss, squared_difference_loss
 from bench.tabular import Laboratory, Settings, fit, tilt
 from dualign.math import losses, updates
 from dualign.training.policy_gradient import kl_weight, lagrangian_reward, log_lambda_step
@@ -150,11 +151,11 @@ def _safe_rlhf_kept(lab: Laboratory, lam: float) -> Tensor:
 
 
 def _squared(lab: Laboratory, lam: float) -> Tensor:
-    return lab.lagrangian(lam, losses.squared_difference_loss)
+    return lab.lagrangian(lam, squared_difference_loss)
 
 
 def _huber(lab: Laboratory, lam: float) -> Tensor:
-    return lab.lagrangian(lam, losses.huber_difference_loss)
+    return lab.lagrangian(lam, huber_difference_loss)
 
 
 def _anchor(lab: Laboratory, lam: float) -> Tensor:

@@ -1,9 +1,9 @@
 """Tabular laboratory: random finite problems, what the methods see of them, and the trainings.
 
 A policy is a table of logits [prompts, answers]. Every training minimises a loss of
-`dualign.math.losses` over all tables; nothing is assumed about its minimiser. Human labels
-(preferences, safe or unsafe) come from the true r* and c*; scores of the reward and cost model may
-carry noise. Prompts count alike."""
+`dualign.math.losses` or `bench.losses` over all tables; nothing is assumed about its minimiser.
+Human labels (preferences, safe or unsafe) come from the true r* and c*; scores of the reward and
+cost model may carry noise. Prompts count alike."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bench.losses import modpo_logit, safe_dpo_loss
 from bench.options import knob
 from dualign.core.errors import DualignError, InfeasibleError
 from dualign.math import losses, tabular
@@ -422,7 +423,7 @@ class Laboratory:
 
         def loss(policy: Tensor) -> Tensor:
             gap = pair_logit(policy, self.reference, 1.0)
-            logit = losses.modpo_logit(gap, gaps(margin), beta, weight)
+            logit = modpo_logit(gap, gaps(margin), beta, weight)
             implicit = (beta * (policy - self.reference) - (1 - weight) * margin) / weight
             return (
                 wins * losses.soft_label_loss(logit, torch.ones_like(wins))
@@ -439,7 +440,7 @@ class Laboratory:
 
         def loss(policy: Tensor) -> Tensor:
             logit = pair_logit(policy, self.reference, self.beta)
-            each = losses.safe_dpo_loss(logit, unsafe_w, unsafe_l, self.settings.offset)
+            each = safe_dpo_loss(logit, unsafe_w, unsafe_l, self.settings.offset)
             return (wins * each).sum() + self._prior(self.beta * (policy - self.reference))
 
         return fit(loss, self.reference)

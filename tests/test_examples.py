@@ -42,6 +42,7 @@ MODULES = {
     "dualign.certify.certificate": ["order"],
     "dualign.certify.requirement": ["Requirement.__str__", "Requirement.weighted"],
     "dualign.certify.sequence": ["fixed_sequence"],
+    "bench.losses": None,
     "pipeline.cost.base": ["typical"],
     "pipeline.cost.machine": ["card_of"],
     "pipeline.cost.page": ["amount"],

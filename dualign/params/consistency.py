@@ -197,7 +197,7 @@ def _check_references(
 ) -> None:
     """References and margins of runs on preferences name the other kind's models, in no circle.
 
-    A margin is the cost that `losses.modpo_logit` asks for only if its policy is that of plain
+    A margin is the cost that MODPO's logit asks for only if its policy is that of plain
     safety DPO from `sft`."""
     after_reward = {"sft", *(f"reward_dpo/{name}" for name in reward.runs)}
     after_safety = {"sft", *safe}

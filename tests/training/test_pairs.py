@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from bench.losses import modpo_logit, safe_dpo_loss
 from dualign.core.errors import DataError
 from dualign.core.schema import user
 from dualign.data import world
@@ -18,7 +19,7 @@ from dualign.lm.models import build_scratch, train_tokenizer
 from dualign.lm.sampling import log_probabilities
 from dualign.lm.tokens import encode_answers, encode_prompts
 from dualign.math.dual.tilt import soft_value, weights
-from dualign.math.losses import modpo_logit, pairwise_logit, safe_dpo_loss, soft_label_loss
+from dualign.math.losses import pairwise_logit, soft_label_loss
 from dualign.params.training import LossType
 from dualign.training.pairs import (
     Samples,

@@ -164,8 +164,16 @@ def solve(
     rng = np.random.default_rng(seed)
     prompts = len(reward)
     resamples = rng.multinomial(prompts, np.full(prompts, 1 / prompts), size=bootstrap) / prompts
-    roots = [_root_or_cap(reward, cost, limit, beta, lambda_max, share, lam) for share in resamples]
-    low, high = np.quantile(roots, [0.025, 0.975])
+
+    def resampled(share: Array) -> float:
+        try:
+            return root_and_steps(
+                reward, cost, limit=limit, beta=beta, lambda_max=lambda_max, share=share, start=lam
+            )[0]
+        except InfeasibleError:
+            return lambda_max
+
+    low, high = np.quantile(list(map(resampled, resamples)), [0.025, 0.975])
     return DualSolution(
         lam=lam,
         lam_interval=(float(low), float(high)),
@@ -221,21 +229,3 @@ def _scores(reward: Any, cost: Any) -> tuple[Array, Array]:
     if not (np.isfinite(reward).all() and np.isfinite(cost).all()):
         raise ValueError("reward and cost must be finite")
     return reward, cost
-
-
-def _root_or_cap(
-    reward: Array,
-    cost: Array,
-    limit: float,
-    beta: float,
-    lambda_max: float,
-    share: Array,
-    start: float,
-) -> float:
-    try:
-        lam, _ = root_and_steps(
-            reward, cost, limit=limit, beta=beta, lambda_max=lambda_max, share=share, start=start
-        )
-    except InfeasibleError:
-        return lambda_max
-    return lam
