@@ -43,9 +43,7 @@ def says_nothing(value: str) -> bool:
 
 
 def number(value: Any) -> float | None:
-    """The number of a cell, of a text a whole one; None without one. Databases write whole numbers
-    as decimals.
-    """
+    """The number of a cell, of a text a whole one (databases write it as a decimal); else None."""
     if isinstance(value, str):
         return float(value) if _NUMBER.fullmatch(value.strip()) else None
     if isinstance(value, bool) or not isinstance(value, int | float | Decimal) or value != value:
@@ -54,9 +52,7 @@ def number(value: Any) -> float | None:
 
 
 def code(row: Row, column: str, valid: range, expected: str = "") -> int | None:
-    """A whole number of `valid`, or None for null and for a key that this row leaves out. Raises
-    BadRow that names what is `expected`, by default these numbers.
-    """
+    """A whole number of `valid`, or None for null. Raises BadRow, which says what is `expected`."""
     value = row.get(column)
     if is_missing(value):
         return None

@@ -93,9 +93,7 @@ def label(spec: SourceSpec) -> str:
 
 
 def source_names(specs: Sequence[SourceSpec]) -> list[str]:
-    """What the sources of a kind are called: their labels, numbered where one path is read in
-    several ways, say by other columns.
-    """
+    """Names of a kind's sources: their labels, numbered where one path is read in several ways."""
     times: Counter[str] = Counter()
     found = []
     for spec in specs:
@@ -234,8 +232,7 @@ def _answer(row: Row, column: str, prompt: list[Message] | None) -> tuple[list[M
     """Prompt and answer of a cell: a text, an answer as a message, or a whole dialogue.
 
     A dialogue has its own prompt, of which that of the row must be a part: UltraFeedback's is the
-    question alone.
-    """
+    question alone."""
     turns = _turns(row, column)
     if turns is None:
         if prompt is None:

@@ -23,8 +23,7 @@ def dataset(
 ) -> Iterator[tuple[int, Row]]:
     """Rows of a hub dataset or of a local dataset folder; `chosen` goes to `load_dataset`.
 
-    Raises a DataError that says to put the file into `folder` where it cannot be loaded.
-    """
+    Raises a DataError that says to put the file into `folder` where it cannot be loaded."""
     import datasets  # slow to import, and only needed here
 
     remedy = f"check path, split and revision, or put the file into {folder}"

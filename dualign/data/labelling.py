@@ -104,8 +104,7 @@ def log_odds(votes: Array, count: int, smoothing: float) -> Array:
     c at M = 10, for c = 1, 2, 3:
 
         s = 1/2:   0.00  -0.09  -0.47
-        s = 1:    -0.12  -0.40  -0.95
-    """
+        s = 1:    -0.12  -0.40  -0.95"""
     return np.log((votes + smoothing) / (count - votes + smoothing))
 
 

@@ -18,9 +18,7 @@ _KEY = b"huggingface"
 def with_names(
     rows: Iterable[tuple[int, Row]], features: Mapping[str, Any]
 ) -> Iterator[tuple[int, Row]]:
-    """Numbered rows with the names of their class labels in place of numbers; `features` are as
-    `datasets.Features.to_dict` has them. A label that is not known, -1, is None.
-    """
+    """Numbered rows with names in place of class labels (-1 is None); `features` of `datasets`."""
     names = {
         column: feature["names"]
         for column, feature in features.items()

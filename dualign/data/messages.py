@@ -102,9 +102,7 @@ def _is_turn(value: Any) -> bool:
 
 
 def _keys_of(turn: dict[str, Any]) -> tuple[str, str]:
-    """The keys that a turn says who speaks and what by; in a table of both kinds the other two are
-    null.
-    """
+    """The keys of a turn's speaker and text; in a table of both kinds the other two are null."""
     pairs = [pair for pair in _KEYS if pair[0] in turn and pair[1] in turn]
     return next((pair for pair in pairs if turn[pair[0]] is not None), pairs[0])
 

@@ -60,9 +60,7 @@ class Ledger:
         self.quarantine: list[dict[str, Any]] = []
 
     def count(self, kind: Kind, source: str, outcome: str, times: int = 1) -> None:
-        """Note records as `records` (each is), `echoes`, `skipped`, `duplicates`, `reserved` or
-        `kept`.
-        """
+        """Note `records` (each is one), `echoes`, `skipped`, `duplicates`, `reserved` or `kept`."""
         self.counts[kind, source, outcome] += times
 
     def reject(self, kind: Kind, bad: Rejected) -> None:
@@ -268,12 +266,10 @@ def _settled(spool: Spool, kind: Kind, params: PrepareParams, ledger: Ledger) ->
 
 
 def _elected(group: list[int], spool: Spool, kind: Kind, ledger: Ledger) -> tuple[int, int] | None:
-    """The row that most of a group agree on, and its flags' code; the outvoted are rejected, in a
-    tie all of them.
+    """The row that most of a group agree on, and its flags' code; others, or a tie, are rejected.
 
     Helpful pairs rank by helpfulness: a tie of their flags leaves the flags unknown and keeps the
-    pair.
-    """
+    pair."""
     if len(group) == 1:
         return group[0], spool.flags[group[0]]
     ahead = spool.ahead
@@ -292,9 +288,8 @@ def _elected(group: list[int], spool: Spool, kind: Kind, ledger: Ledger) -> tupl
 
 
 def _voted(flags: list[Flags], kind: Kind) -> Flags | None:
-    """The flags that most rows with both have, or else those with one; of a tie those of a helpful
-    pair are unknown.
-    """
+    """The flags of most rows with both, else of those with one; a helpful pair's tie leaves them
+    unknown."""
     unknown = (None, None)
     whole = [pair for pair in flags if None not in pair]
     found = _majority(whole or [pair for pair in flags if pair != unknown] or flags[:1])
@@ -383,8 +378,7 @@ def _reserved(
 ) -> tuple[dict[str, Drawn], np.ndarray]:
     """The prompts of search, certify and eval, and their families.
 
-    Of what shares its first question a set holds one prompt, and no other set any.
-    """
+    Of what shares its first question a set holds one prompt, and no other set any."""
     asked = {kind: Asked.by(rows[kind]) for kind in PAIRS}
     free = asked
     sets: dict[str, Drawn] = {}

@@ -141,8 +141,8 @@ def derived_seed(seed: int, name: str) -> int:
 
 @dataclass
 class _Whole:
-    """Columns of every file of a source, numbers in label columns, and how many texts say
-    null, the first of them where."""
+    """Columns of a source's files, numbers in label columns, how many texts say null, the first
+    where."""
 
     kind: Kind
     columns: Choices

@@ -155,8 +155,7 @@ def prompts() -> tuple[str, ...]:
 def answers(prompt: str) -> tuple[Answer, ...]:
     """The 42 grammatical answers to a question of the world, with r* and c*.
 
-    Raises ValueError if the text is no question of the world.
-    """
+    Raises ValueError if the text is no question of the world."""
     if prompt not in _index():
         raise ValueError(f"not a question of the embedded world: {prompt!r}")
     task, factor = _index()[prompt]

@@ -21,8 +21,7 @@ log = logging.getLogger(__name__)
 
 
 def convert(file: Path, out: Path) -> None:
-    """Write the model of a GGUF file to a new folder `out`. Raises ModelError if it cannot be read,
-    or something is there."""
+    """Write the model of a GGUF file to a new folder `out`. Raises ModelError where it cannot."""
     _check(file, out)
     import torch  # here, for --help and completion to be quick
     from transformers import AutoModelForCausalLM

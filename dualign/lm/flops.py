@@ -20,8 +20,7 @@ from transformers.pytorch_utils import Conv1D
 @dataclass(frozen=True)
 class ModelSize:
     """What the work follows from: weights of matrices that are trained and that are frozen, without
-    the output head; weights of the head; layers; width of all attention heads together.
-    """
+    the output head; weights of the head; layers; width of all attention heads together."""
 
     trained: int
     frozen: int

@@ -37,8 +37,7 @@ def frozen(
 ) -> PreTrainedModel:
     """The model in a folder (or on a hub) over weights that all share who ask for it in the same
     way; none of them is to be trained. `load` reads it, and is called where nobody holds it; `how`
-    is what its result depends on beside the files.
-    """
+    is what its result depends on beside the files."""
     key = (_place(path), how)
     held = _HELD.get(key)
     if held is None:
@@ -53,8 +52,7 @@ def frozen(
 def shared(model: Any, trained: bool = False) -> Any:
     """A copy of a model whose frozen weights have the same storage, and if `trained` its other
     weights too. Moving, casting or cutting them leaves the other as it is; arithmetic in place
-    changes both.
-    """
+    changes both."""
     memo: dict[int, Any] = {}
     for weight in model.parameters():
         state = getattr(weight, "quant_state", None)

@@ -1,6 +1,4 @@
-"""Weights from a folder, a hub or a GGUF file: all of them there, finite, in their own shapes, or
-an error by name.
-"""
+"""Weights from a folder, a hub or a GGUF file: all there, finite, in shape, or an error by name."""
 
 from __future__ import annotations
 
@@ -113,9 +111,8 @@ def files_of(path: str | Path, revision: str | None = None) -> Path:
 def load_config(
     path: str | Path, revision: str | None = None, gguf_file: str | None = None
 ) -> PretrainedConfig:
-    """A model's configuration. Raises ModelError for one that needs foreign code, or is quantised
-    and not by `lora.quantise`.
-    """
+    """A model's configuration. Raises ModelError where it needs foreign code or others quantised
+    it."""
     options = {"gguf_file": gguf_file} if gguf_file else {}
     try:
         config = AutoConfig.from_pretrained(
@@ -164,9 +161,8 @@ def check_causal(model: Any, path: str | Path, precision: torch.dtype) -> None:
 
 
 def context_of(model: torch.nn.Module) -> int | None:
-    """The longest sequence in tokens that a model can read, whatever else is in its batch; None
-    where its configuration does not say.
-    """
+    """Tokens that a model can read, whatever else is in its batch; None where its config does not
+    say."""
     config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     found = [getattr(text, key, None) for key in _CONTEXT]
@@ -176,8 +172,7 @@ def context_of(model: torch.nn.Module) -> int | None:
 
 def _turned_alike(config: Any) -> list[int]:
     """Longest batches of a model with longrope (Phi-3's of 128k) in which a row's numbers are its
-    own: transformers turns all rows by the long factors where one is longer.
-    """
+    own: one longer row turns all by the long factors."""
     rope = getattr(config, "rope_parameters", None) or {}
     kinds = [rope, *(kind for kind in rope.values() if isinstance(kind, dict))]
     longropes = [kind for kind in kinds if kind.get("rope_type") == "longrope"]
@@ -185,9 +180,7 @@ def _turned_alike(config: Any) -> list[int]:
 
 
 def _first_position(model: torch.nn.Module) -> int:
-    """The position of a text's first token: RoBERTa and its relatives count from behind that of
-    padding.
-    """
+    """The position of a text's first token: RoBERTa's kind counts from behind padding's."""
     padding = [
         getattr(module, "padding_idx", None)
         for name, module in model.named_modules()
@@ -197,9 +190,7 @@ def _first_position(model: torch.nn.Module) -> int:
 
 
 def check_context(model: torch.nn.Module, tokens: int, what: str, remedy: str = "lower it") -> None:
-    """Refuse sequences longer than a model can read. Raises ParamsError that says `what` is that
-    long.
-    """
+    """Refuse sequences longer than a model can read. Raises ParamsError: `what` is that long."""
     context = context_of(model)
     if context is not None and tokens > context:
         raise ParamsError(
@@ -213,9 +204,7 @@ def name_of(model: torch.nn.Module) -> str:
 
 
 def with_adapter(model: PreTrainedModel, path: str | Path) -> PeftModel:
-    """The model with the saved adapter in folder `path`. Raises ModelError where the two do not
-    belong together.
-    """
+    """The model with the adapter in folder `path`. Raises ModelError where they do not fit."""
     check_files(Path(path))
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
@@ -253,18 +242,14 @@ def first_line(error: BaseException) -> str:
 
 
 def _with(config: PretrainedConfig, options: dict[str, Any]) -> PretrainedConfig:
-    """The configuration with options that belong to it, such as `num_labels`, which are taken out
-    of `options`.
-    """
+    """The configuration with what belongs to it, such as `num_labels`, taken out of `options`."""
     for key in [key for key in options if hasattr(config, key)]:
         setattr(config, key, options.pop(key))
     return config
 
 
 def check_files(folder: Path) -> None:
-    """Weights in a local folder must be whole, and no pointers to them. Raises ModelError that
-    names the file.
-    """
+    """Weights in a folder must be whole, and no pointers. Raises ModelError that names the file."""
     for file in listed(folder, "*.safetensors") + listed(folder, "*.bin"):
         try:
             with file.open("rb") as stream:
@@ -354,9 +339,7 @@ def _check_unused(path: str | Path, model: PreTrainedModel, unused: Sequence[str
 
 
 def _as_stored(folder: Path, model: PreTrainedModel) -> None:
-    """Weights in fp32 of a folder that stores others narrower, as a scorer's head is: "auto" rounds
-    them all alike.
-    """
+    """Keep weights that a folder stores in fp32, as a scorer's head: "auto" rounds all alike."""
     weights = dict(model.named_parameters())
     for file in listed(folder, "*.safetensors"):
         with safe_open(file, "pt") as stored:
@@ -369,9 +352,8 @@ def _as_stored(folder: Path, model: PreTrainedModel) -> None:
 
 
 def _keep_head(path: str | Path, model: PreTrainedModel) -> None:
-    """Let the configuration say of the head what the checkpoint does: transformers keeps a head
-    that differs from the embeddings, and ties it after all once the vocabulary grows.
-    """
+    """Let config.json say of the head what the checkpoint does: transformers keeps one that differs
+    from the embeddings, and ties it after all once the vocabulary grows."""
     head = model.get_output_embeddings()
     words = model.get_input_embeddings()
     configs = [model.config, model.config.get_text_config()]
@@ -398,9 +380,7 @@ def _check_finite(path: str | Path, model: torch.nn.Module) -> None:
 
 
 def _plain(model: PreTrainedModel) -> PreTrainedModel:
-    """A model read from GGUF without its note of a quantisation, which would keep it from being
-    saved.
-    """
+    """A model read from GGUF without its note of a quantisation, which would forbid to save it."""
     config = model.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -418,9 +398,8 @@ def _plain(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _check_kind(auto: Any, path: str | Path, config: PretrainedConfig) -> None:
-    """Refuse an architecture that transformers has no such class for, and an encoder-decoder as a
-    causal language model, of which it would take the decoder alone.
-    """
+    """Refuse an architecture without such a class in transformers, and an encoder-decoder as a
+    causal language model, of which it would take the decoder alone."""
     half = auto.__name__ == "AutoModelForCausalLM" and config.is_encoder_decoder
     if half or type(config) not in auto._model_mapping:
         why = "is an encoder-decoder" if half else f"has no class in transformers as {_what(auto)}"

@@ -104,8 +104,7 @@ def _merge_adapters(first: Path, second: Path, q: float, out: Path) -> None:
 
 def _check_plain(folder: Path, config: AdapterConfig) -> None:
     """Refuse an adapter that is more than products B A, all of one scale alpha / r. Ranks of their
-    own have the weights of experts that PEFT has fused, and these alone.
-    """
+    own have the weights of experts that PEFT has fused, and these alone."""
     more = [key for key in ("use_rslora", "use_dora") if as_row(config).get(key)]
     alphas = config.alpha_pattern
     scales = {alphas.get(key, 0.0) / rank for key, rank in config.rank_pattern.items()}

@@ -1,6 +1,4 @@
-"""Models and tokenizers: built from scratch, loaded from a hub or a folder, saved whole or as
-adapters.
-"""
+"""Models and tokenizers: built from scratch, loaded from a hub or a folder, saved."""
 
 from __future__ import annotations
 
@@ -58,9 +56,7 @@ _SPECIAL = ["<|pad|>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>"]
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerBase:
-    """A byte-level BPE tokenizer learnt from `texts`, with pad, end and role tokens and a chat
-    template.
-    """
+    """A byte-level BPE tokenizer of `texts`, with pad, end and role tokens and a chat template."""
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
@@ -155,8 +151,7 @@ _TEXT_ENDS = ("<|endoftext|>", "<|end_of_text|>", "<eos>")
 def _with_pad(tokenizer: PreTrainedTokenizerBase) -> None:
     """A pad token that the base has and never says; one is added only where there is none.
 
-    A pad equal to EOS makes reward models read the score one token before EOS.
-    """
+    A pad equal to EOS makes reward models read the score one token before EOS."""
     taken = {tokenizer.eos_token, tokenizer.bos_token}
     if tokenizer.pad_token is not None and tokenizer.pad_token not in taken:
         return
@@ -248,9 +243,7 @@ def load_policy(
 
 
 def is_sharded(resources: Resources) -> bool:
-    """Whether each process of several is to hold a shard of what is trained: of a copy, for which
-    the model itself makes room.
-    """
+    """Whether processes hold shards of what is trained, a copy, for which the model makes room."""
     return ranks.world() > 1 and resources.distributed == "fsdp2"
 
 
@@ -290,8 +283,7 @@ def fit_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
 def _take_means(model: PreTrainedModel, known: int) -> None:
     """Give the tokens after the `known` ones the mean of their rows, so that their logits are the
     mean of the others. Rows near 0 have logits near 0, where those of a base such as GPT-2 lie far
-    below: it would say nothing but new tokens (Hewitt, 2021).
-    """
+    below: it would say nothing but new tokens (Hewitt, 2021)."""
     for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
         for weight in () if layer is None else layer.parameters():
             weight[known:] = weight[:known].float().mean(0)
@@ -311,8 +303,7 @@ def seeded(seed: int) -> Iterator[None]:
 def with_lora(
     model: PreTrainedModel | PeftModel, lora: LoraParams, seed: int, *, head: bool = False
 ) -> PreTrainedModel | PeftModel:
-    """The model with fresh adapters if `lora.rank` > 0 and it has none yet; `head` adds the score
-    head.
+    """The model with fresh adapters if `lora.rank` > 0 and it has none; `head` adds the score head.
 
     Adapters are drawn from `seed`. Raises ParamsError for target modules that the model does not
     have, for dropout on what cannot have it, and for all weights of a model that is an adapter."""
@@ -358,9 +349,7 @@ def with_lora(
 
 
 def _check_targets(model: PreTrainedModel, targets: Sequence[str]) -> None:
-    """Refuse an adapter of the head, which no log-probability would see, and one of embeddings that
-    share their weights with it.
-    """
+    """Refuse adapters of the head, which log-probabilities skip, and of embeddings tied to it."""
     head = model.get_output_embeddings()
     words = model.get_input_embeddings()
     for name, module in model.named_modules():
@@ -379,9 +368,7 @@ def _check_targets(model: PreTrainedModel, targets: Sequence[str]) -> None:
 
 
 def _check_adapted(model: PeftModel) -> None:
-    """Refuse adapters of modules that share a weight, as Zamba's layers do: folded in, those of all
-    would be added to it.
-    """
+    """Refuse adapters of modules that share a weight, as Zamba's: it would get all, folded in."""
     owners: dict[torch.Tensor, str] = {}
     shared = set()
     for name, module in model.named_modules():
@@ -409,9 +396,8 @@ def end_tokens(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> li
 
 
 def merged(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
-    """Plain weights: adapters folded in, in fp32, since bf16 would lose most of a small adapter.
-    What was in 4 bits are the weights that these stand for.
-    """
+    """Plain weights, adapters folded in, in fp32, since bf16 would lose most of a small adapter; of
+    a base in 4 bits those that they stand for."""
     if not isinstance(model, PeftModel):
         return model
     own(model)
@@ -423,9 +409,7 @@ def merged(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
 def save(
     model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path
 ) -> None:
-    """Write a Hugging Face folder (safetensors, tokenizer, chat template); an adapter saves itself
-    only. Of several processes, which hold the same, one writes.
-    """
+    """Write a Hugging Face folder, of an adapter itself only. Of several processes one writes."""
     folder.mkdir(parents=True, exist_ok=True)
     if ranks.rank() > 0:
         return
@@ -438,9 +422,7 @@ def save(
 
 
 def _sort_targets(config: Path) -> None:
-    """What an adapter changes, modules and experts' weights, in order: peft writes sets of them, in
-    another order in every process.
-    """
+    """Sort what an adapter changes: peft writes sets, in another order in every process."""
     content = json.loads(config.read_text())
     for key in ("target_modules", "target_parameters"):
         if isinstance(content.get(key), list):

@@ -59,8 +59,7 @@ _GROUPED = "enable_gqa" in inspect.signature(varlen_attn).parameters
 class Sequences(NamedTuple):
     """The calls of a packed row as one: where the queries of each begin and end, int32 [calls + 1],
     which tokens are their keys, [all keys], where those of each begin and end, and the most of
-    both. The last query of a call sees all its keys, each one before it a key less.
-    """
+    both. The last query of a call sees all its keys, each one before it a key less."""
 
     queries: Tensor
     tokens: Tensor
@@ -80,9 +79,7 @@ class Packs:
 
     @cached_property
     def masks(self) -> list[list[Tensor]]:
-        """Of every prompt the masks of the answers after its first, [1, 1, answer, prompt +
-        answer].
-        """
+        """Of every prompt the masks of answers after its first, [1, 1, answer, prompt + answer]."""
         made = []
         for prompt, _, *others in self.lengths:
             made.append([_continued(prompt, length, self.device) for length in others])
@@ -124,8 +121,7 @@ def _continued(prompt: int, answer: int, device: torch.device) -> Tensor:
 @dataclass
 class _Row:
     """A packed row: ids and positions; for every token that is scored the place that predicts it
-    (`sources`), itself (`targets`) and its answer (`owners`).
-    """
+    (`sources`), itself (`targets`) and its answer (`owners`)."""
 
     ids: list[int] = field(default_factory=list)
     positions: list[int] = field(default_factory=list)
@@ -205,8 +201,7 @@ def attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """sdpa's attention; of a packed row that of each prompt with its answers. query, key and value
-    are [1, heads, tokens, width], the result is [1, tokens, heads, width].
-    """
+    are [1, heads, tokens, width], the result is [1, tokens, heads, width]."""
     if packs is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     kwargs.pop("is_causal", None)
@@ -306,8 +301,7 @@ def wide(model: Any) -> bool:
 
 def packs(model: Any) -> bool:
     """Whether answers are packed unasked, by a wide model that can; it is prepared. On a GPU flash
-    attention must take them, or every answer would be a call of its own.
-    """
+    attention must take them: else every answer is a call of its own."""
     if not wide(model):
         return False
     if next(model.parameters()).device.type != "cpu" and not _takes_flash(model):

@@ -53,9 +53,8 @@ def is_quantised(model: Any) -> bool:
 
 
 def cast(model: Any, computed: torch.dtype, kept: set[torch.Tensor]) -> Any:
-    """A model that multiplies in `computed`: other matrices than those in 4 bits are of it, weights
-    of one dimension and those in `kept` fp32.
-    """
+    """A model that multiplies in `computed`: its matrices that are not in 4 bits are of it, weights
+    of one dimension and those in `kept` fp32."""
     for weight in model.parameters():
         if not _in_4_bits(weight):
             narrow = weight.dim() > 1 and weight not in kept
@@ -71,9 +70,8 @@ def cast(model: Any, computed: torch.dtype, kept: set[torch.Tensor]) -> Any:
 
 
 def folded(model: Any) -> Any:
-    """The plain fp32 model that 4 bits stand for, with the adapter of `model`, a PeftModel, in
-    it. `model` is spent.
-    """
+    """The fp32 model that 4 bits stand for, with the adapter of the PeftModel `model`, which is
+    spent."""
     changes = {
         name: layer.get_delta_weight("default").float()
         for name, layer in model.get_base_model().named_modules()

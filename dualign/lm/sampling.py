@@ -1,5 +1,4 @@
-"""Samples of a policy at temperature 1, answers decoded otherwise for an evaluation, and exact
-log-probabilities of given answers."""
+"""Samples of a policy, answers decoded otherwise, and exact log-probabilities of given answers."""
 
 from __future__ import annotations
 
@@ -128,8 +127,7 @@ def log_probabilities(
 ) -> Tensor:
     """log pi(answer | prompt) in nats, summed over the answer's tokens; fp64 tensor [rows].
 
-    NaN for a row that is longer than the model's context, which no training takes either.
-    """
+    NaN for a row that is longer than the model's context, which no training takes either."""
     if isinstance(model, Mixture):
         parts = [
             log_probabilities(
@@ -277,9 +275,7 @@ def _check_lengths(
 def _tell(
     policy: torch.nn.Module, request: Request, drawn: Sequence[Sequence[int]], seconds: float
 ) -> None:
-    """Log what drawing took, and keep it for the provenance; tokens are those drawn, all work
-    counts.
-    """
+    """Log what drawing took, and keep it for the provenance; tokens are those drawn."""
     rows = zip(request.prompts, drawn, strict=True)
     tokens = sum((Tokens.of(len(prompt), len(answer)) for prompt, answer in rows), Tokens())
     done = Work(tokens.answers, reading_flop(size_of(policy), tokens), max(seconds, 1e-9))

@@ -61,8 +61,7 @@ def own_template(tokenizer: PreTrainedTokenizerBase, source: str) -> str | None:
 def settle(tokenizer: PreTrainedTokenizerBase, source: str) -> None:
     """Pin the template's date, give it the base's BOS, and make EOS the token that ends a turn.
 
-    `source` is what errors name. Raises ModelError where the template cannot be used.
-    """
+    `source` is what errors name. Raises ModelError where the template cannot be used."""
     tokenizer.chat_template = _pinned(tokenizer.chat_template, source)
     try:
         _with_controls(tokenizer)

@@ -90,8 +90,7 @@ def encode_prompts(
     tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[Message]]
 ) -> list[list[int]]:
     """Token ids of each prompt, up to the answer. Raises DataError where the template refuses one,
-    ModelError where it writes a question otherwise once it is answered.
-    """
+    ModelError where it writes a question otherwise once answered."""
     form = layout(tokenizer)
     if not form.asks:
         raise ModelError(
@@ -230,9 +229,7 @@ def _wholes(
     found: Layout,
     ended: Sequence[bool],
 ) -> list[str]:
-    """The text of each conversation, which asks `QUESTION`, up to the end of its last turn, or
-    before that if cut.
-    """
+    """The text of each conversation, which asks `QUESTION`, up to its turn's end, or its cut."""
     (head,) = _heads(tokenizer, [user(QUESTION)], found)
     end = found.end
     texts = _opened(tokenizer, turns, head, found)
@@ -251,8 +248,7 @@ def _opened(
     """Each conversation's text, which begins with `head` and has the answer after it.
 
     Some templates take a thought out of an answer, to leave it out, or to write it where `head` has
-    an empty one. Such an answer stands after `head` as it is.
-    """
+    an empty one. Such an answer stands after `head` as it is."""
     texts = render(tokenizer, turns)
     astray = [
         row

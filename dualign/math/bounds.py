@@ -1,5 +1,4 @@
-"""Upper bounds of a mean from answers to prompts: what a certificate stands on, as functions of
-arrays.
+"""Upper bounds of a mean from answers to prompts, which certificates stand on, of arrays.
 
 A bound U(data) with P(mean > U) <= delta. Prompts are drawn independently, answers to one prompt
 are not: what every bound counts are per-prompt means. `python -m bench.coverage` measures how often
@@ -190,9 +189,8 @@ def _star_capital(scaled: Array, m: Array, delta: float) -> Array:
 
 
 def _variance_before(scaled: Array) -> Array:
-    """v_{i-1} of values in [0, 1]: their variance so far, with one made-up value of mean 1/2 and
-    variance 1/4.
-    """
+    """v_{i-1} of values in [0, 1]: variance so far, with one made-up value of mean 1/2, variance
+    1/4."""
     seen = np.arange(2, scaled.shape[-1] + 2)
     centre = (0.5 + scaled.cumsum(-1)) / seen
     variance = (0.25 + ((scaled - centre) ** 2).cumsum(-1)) / seen
@@ -394,9 +392,7 @@ def corrected(
 
 
 def _shares(means: Array) -> Array:
-    """What each prompt adds to the error of their mean, 0 where it has none; the squares add up to
-    s^2 / N.
-    """
+    """What each prompt adds to their mean's error, 0 if it has none; squares add up to s^2 / N."""
     count = np.isfinite(means).sum()
     return np.nan_to_num(means - np.nanmean(means)) / math.sqrt(count * (count - 1))
 

@@ -50,9 +50,7 @@ class Constraint:
         return f"constraint.additional.{self.name}"
 
     def values(self, cost: Array, length: Array, ended: Array) -> Array:
-        """The quantity of each answer, of any shape, from its cost, its length in tokens, and
-        whether it ended.
-        """
+        """The quantity of answers, any shape, by cost, length in tokens, and whether they ended."""
         if self.quantity == "cvar":
             assert self.threshold is not None and self.level is not None
             return shortfall(cost, self.threshold, self.level)
@@ -65,9 +63,7 @@ class Constraint:
         return np.asarray(known[self.quantity], float)
 
     def bounds(self, cost: tuple[float, float] | None, longest: int) -> tuple[float, float] | None:
-        """The range of the quantity, from that of the cost (None: not known) and the longest answer
-        in tokens.
-        """
+        """The quantity's range, by that of cost (None: unknown) and the longest answer's tokens."""
         if self.quantity in ("cost", "cvar"):
             if cost is None:
                 return None
@@ -76,9 +72,8 @@ class Constraint:
         return (0.0, 1.0) if self.quantity in SHARES else (0.0, float(longest))
 
     def applies(self, prompts: Sequence[Sequence[Message]]) -> Array:
-        """Whether the limit is on each prompt: its pattern is found in the last user text; shape
-        [prompts], bool.
-        """
+        """Whether the limit is on each prompt, whose last user text has its pattern; bool
+        [prompts]."""
         if self.prompts is None:
             return np.ones(len(prompts), bool)
         pattern = re.compile(self.prompts)
@@ -99,9 +94,7 @@ def constraint(name: str, spec: ConstraintSpec) -> Constraint:
 
 @dataclass(frozen=True)
 class Price:
-    """A constraint with its multiplier, in units of reward for one unit of its quantity, and the
-    mean it predicts.
-    """
+    """A constraint, its multiplier in reward per unit of its quantity, and the mean it predicts."""
 
     constraint: Constraint
     lam: float

@@ -14,8 +14,7 @@ from torch.nn.functional import logsigmoid
 def pairwise_logit(
     logp_w: Tensor, logp_l: Tensor, ref_w: Tensor, ref_l: Tensor, scale: float
 ) -> Tensor:
-    """a [(log pi(y_w) - ref(y_w)) - (log pi(y_l) - ref(y_l))], the logit of every pairwise loss
-    here.
+    """a [(log pi(y_w) - ref(y_w)) - (log pi(y_l) - ref(y_l))], the logit of pairwise losses.
 
     `scale` is a = beta for DPO (2305.18290, eq. 7) and C-DPO; beta / lambda for SACPO's second step
     (2404.11049, theorem 1) and for PD-DPO's phase 2 (2510.05703, eq. 16), whose reference column is
@@ -48,8 +47,7 @@ def soft_label_loss(logit: Tensor, probability: Tensor) -> Tensor:
 def lagrangian_label(
     reward_gap: Tensor, cost_gap: Tensor, lam: float, scale: float = 1.0
 ) -> Tensor:
-    """P(y_w preferred) = sigma(s (Delta r - lambda Delta c)), the Bradley-Terry label of s (r -
-    lambda c).
+    """P(y_w preferred) = sigma(s (Delta r - lambda Delta c)), Bradley-Terry's of s (r - lambda c).
 
     >>> lagrangian_label(torch.tensor([1.0, 9.0]), torch.tensor([2.0, 18.0]), lam=0.5)  # a tie each
     tensor([0.5000, 0.5000])
@@ -58,8 +56,7 @@ def lagrangian_label(
 
 
 def lagrangian_scale(lam: float, normalised: bool) -> float:
-    """s = 1 / (1 + lambda) if `normalised`, else 1: the factor of the label's score and of beta
-    alike.
+    """s = 1 / (1 + lambda) if `normalised`, else 1: the factor of the label's score and of beta.
 
     C-DPO (2403.02475) takes the normalisation from Safe RLHF (2310.12773). The pairwise minimiser
     has a Delta h = s (Delta r - lambda Delta c), which is pi_lambda for a = s beta alone. With a =
@@ -116,8 +113,7 @@ def weighted_nll(logp: Tensor, weight: Tensor) -> Tensor:
 
 
 def sign_loss(cost: Tensor, unsafe: Tensor) -> Tensor:
-    """-log sigma(s c), s = +1 where the answer is unsafe and -1 where it is safe (Safe RLHF,
-    2310.12773).
+    """-log sigma(s c), s = +1 for an unsafe answer and -1 for a safe one (Safe RLHF, 2310.12773).
 
     `unsafe` is boolean. Gives the cost model its zero: c > 0 means unsafe.
 
@@ -243,8 +239,7 @@ def safe_dpo_direction(unsafe_w: Tensor, unsafe_l: Tensor) -> Tensor:
 
 
 def folded_reference(ref: Tensor, score: Tensor, beta: float) -> Tensor:
-    """log pi_ref + s / beta: a reference column that carries a score; [answers], s in units of
-    reward.
+    """log pi_ref + s / beta: a reference column with a score; [answers], s in units of reward.
 
     A pairwise loss relative to it has its optimum tilted by s. With s = r step 2 needs no pi_r;
     with s = b_r + lambda b_c, added to log pi_r, it is the optimistic phase 2 of O-PD-DPO

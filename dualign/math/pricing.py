@@ -97,9 +97,7 @@ def price(
 
 
 def _check(added: Constraint, pool: Scored) -> None:
-    """Raises where a limit is on no prompt of the pool, or where too many have no sample that
-    ended.
-    """
+    """Raises where a limit is on no prompt of the pool, or too many have no sample that ended."""
     members = added.applies(pool.prompts)
     if not members.any():
         raise ParamsError(
@@ -117,8 +115,7 @@ def _check(added: Constraint, pool: Scored) -> None:
 def _with_threshold(
     added: Constraint, pool: Scored, solved: Callable[[Constraint], JointSolution]
 ) -> Constraint:
-    """The CVaR with the threshold at which the optimum is largest, between the lowest cost and the
-    limit.
+    """The CVaR with the best threshold for the optimum, between the lowest cost and the limit.
 
     Above the limit t alone breaks it. An optimal t is the value at risk of the optimal policy,
     hence the cost of a sample; the first grid is made of quantiles of these."""

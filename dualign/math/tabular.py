@@ -1,5 +1,4 @@
-"""The exact constrained optimum where all answers and their true scores are known (the embedded
-world).
+"""The exact constrained optimum where all answers and true scores are known (the embedded world).
 
 The grammatical answers of a prompt carry their own r* and c*; all other text shares one score, so
 it acts as a single further answer that holds the rest of pi_ref's mass. The tilt of this finite
@@ -20,9 +19,7 @@ Array = np.ndarray
 
 @dataclass(frozen=True)
 class Problem:
-    """A finite problem: log pi_ref, r* and c* of every answer, shape [prompts, answers]; rows of
-    pi_ref sum to one.
-    """
+    """log pi_ref, r* and c* of every answer, [prompts, answers]; rows of pi_ref sum to one."""
 
     log_reference: Array
     reward: Array
@@ -100,8 +97,7 @@ def problem(
 
 
 def solve(problem: Problem, limit: float, lambda_max: float = 1e3) -> float:
-    """lambda*: the root of E_{pi_lambda}[c*] = limit, or 0 where the limit is slack. Raises
-    InfeasibleError.
+    """lambda*: the root of E_{pi_lambda}[c*] = limit, or 0 if it is slack. Raises InfeasibleError.
 
     Two answers, and a quarter of the unsafe one allowed: e^-lambda / (1 + e^-lambda) = 1/4.
 

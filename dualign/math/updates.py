@@ -53,8 +53,7 @@ def projected_subgradient_step(
 
 
 def newton_step(lam: float, cost: float, variance: float, limit: float, beta: float) -> float:
-    """lambda <- [lambda + beta (C - d) / E_x Var(c|x)]_+ with the curvature of the on-policy
-    samples.
+    """lambda <- [lambda + beta (C - d) / E_x Var(c|x)]_+ with the curvature of on-policy samples.
 
     >>> newton_step(1.0, cost=0.5, variance=0.25, limit=0.0, beta=0.5)
     2.0
@@ -193,8 +192,7 @@ def first_weight(
 
 
 def merge_multiplier(q: float, lam_start: float, naive: bool, lam_reference: float = 0.0) -> float:
-    """The multiplier that a merge of weight q on the start stands for, to first order (P-SACPO,
-    2404.11049).
+    """The multiplier of a merge of weight q on the start, to first order (P-SACPO, 2404.11049).
 
     log pi = (1 - q) log pi_1 + q log pi_2. Where the start's tilt is (r - lambda c) / beta and the
     other's (r - lambda_1 c) / beta, lambda_1 = 0 for pi_r, the merge's is that of (1 - q) lambda_1
@@ -211,8 +209,7 @@ def merge_multiplier(q: float, lam_start: float, naive: bool, lam_reference: flo
 def next_weight(
     points: Sequence[tuple[float, float]], limit: float, largest: float
 ) -> float | None:
-    """The merge weight, at most `largest`, of the secant through the two points (q, C) nearest to
-    the limit.
+    """The weight, at most `largest`, of the secant through the points (q, C) nearest to the limit.
 
     Where points lie on both sides of the limit and that secant leaves the interval between the
     nearest of each side, it is the one through these two. None where the line does not fall, or its

@@ -27,8 +27,7 @@ def load_given(
     """The given scorers as one, not calibrated yet, higher being `meaning`.
 
     Both a reward and a cost are pessimistic: disagreement lowers the mean of rewards and raises
-    that of costs. Raises ModelError that names the scorer.
-    """
+    that of costs. Raises ModelError that names the scorer."""
     members = [_member(spec, meaning, resources) for spec in specs]
     return Scorer.of(members, Platt(), spread if meaning == "harmful" else -spread)
 

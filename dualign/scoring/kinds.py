@@ -72,9 +72,7 @@ class Place:
 
 
 class Reading(Frozen):
-    """How the score is read: kind, the server that has the weights, a classifier's label, or a
-    guard's words and their prefix.
-    """
+    """How the score is read: kind, server, a classifier's label, a guard's words and prefix."""
 
     kind: str = "classifier"
     url: str | None = None
@@ -151,9 +149,7 @@ def _served_classifier(place: Place, url: str, tokenizer: PreTrainedTokenizerBas
 
 
 def load_adapted(folder: Path, resources: Resources) -> Loaded:
-    """A classifier of one output whose adapter and head lie in a folder, on the frozen base that
-    the adapter names: the one that policies compute with.
-    """
+    """A classifier of one output: adapter and head in a folder, on the base of the policies."""
     adapter = folder / ADAPTER
     tokenizer = load_tokenizer(folder)
     base = adapter_base(adapter)
@@ -279,9 +275,8 @@ def _tokenizer(place: Place) -> PreTrainedTokenizerBase:
 
 
 def is_encoder(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether texts are put between a CLS and a SEP token, as BERT's and its relatives' are; some
-    language models, such as LLM-jp's, have such tokens and put them nowhere.
-    """
+    """Whether texts are put between a CLS and a SEP token, as BERT's; some language models, such as
+    LLM-jp's, have such tokens and put them nowhere."""
     around = {tokenizer.cls_token_id, tokenizer.sep_token_id}
     return None not in around and around <= set(tokenizer("a")["input_ids"])
 
@@ -421,8 +416,7 @@ def _logit(loaded: Loaded, reading: Reading, ids: Tensor, mask: Tensor) -> Tenso
 
 def _label_odds(loaded: Loaded, reading: Reading, ids: Tensor, mask: Tensor) -> Tensor:
     """log P(label) - log(1 - P(label)): a sigmoid's logit, or a softmax's less logsumexp. Outputs
-    of a regression, such as ratings of several attributes, are no odds and stay what they are.
-    """
+    of a regression, such as ratings, are no odds and stay what they are."""
     logits = _logits(loaded, ids, mask)
     at = _labels(loaded).index(str(reading.label))
     if loaded.model.config.problem_type in ("multi_label_classification", "regression"):

@@ -136,9 +136,8 @@ class MemberCard(Reading):
 
 
 class Card(CalibrationCard):
-    """scorer.json: calibration; of given scorers also members and the weight of their sd, of one in
-    `adapter/` the hashes of the weights that it is on.
-    """
+    """scorer.json: calibration; of given scorers members and the weight of their sd, of one in
+    `adapter/` the hashes of its base's weights."""
 
     members: list[MemberCard] = Field(default=[])
     spread: float = 0.0
@@ -176,8 +175,7 @@ class Scorer:
         """Load a folder that `save` wrote. Raises ModelError or DualignError naming the folder.
 
         A scorer that was trained as an adapter is one on its base, which it shares with policies,
-        where that is here; elsewhere it has weights of its own.
-        """
+        where that is here; elsewhere it has weights of its own."""
         card = read_card(Path(folder) / SCORER)
         if card.base is not None and weights_of(adapter_base(Path(folder) / ADAPTER)) == card.base:
             return cls.of(
@@ -201,8 +199,7 @@ class Scorer:
 
     def save(self, folder: Path) -> None:
         """Write models, tokenizers and card; a lone classifier lies in the folder, an adapter
-        beside the weights that it makes of its base.
-        """
+        beside the weights that it makes of its base."""
         first = self.members[0]
         if len(self.members) == 1 and first.reading == PLAIN and not first.steps:
             model = first.loaded.model

@@ -107,8 +107,7 @@ class Doubt:
 def doubt(scored: Path, pool: pd.DataFrame, params: PessimismParams) -> Doubt | None:
     """What `params` ask for, in the pool's within-prompt standard deviations; None for nothing.
 
-    `scored` is the folder of stage `score`, `pool` of schema POOL with its scores as they are.
-    """
+    `scored` is the folder of stage `score`, `pool` of schema POOL with its scores as they are."""
     if params.reward == params.cost == 0:
         return None
     support = fit_support(*columns(read_table(scored / HELD_OUT, SUPPORT)), params.share)

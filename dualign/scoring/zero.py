@@ -3,8 +3,7 @@
 A scorer that has read each row once or twice has hardly learned any of them by heart, so its
 training flags tell its zero nearly as held-out ones do, and there are many more of them. Slopes,
 which optimism inflates first, stay with the held-out flags, and where the two zeros differ by more
-than chance has it, so does the zero.
-"""
+than chance has it, so does the zero."""
 
 from __future__ import annotations
 
@@ -26,9 +25,7 @@ _AGREE = 3.0
 
 
 def by_heart(training: TrainingParams, rows: int) -> bool:
-    """Whether a training on this many rows reads one of them so often that its flag may tell less
-    of the zero than of the row.
-    """
+    """Whether so many rows are read so often that a flag tells of its row and not of the zero."""
     if training.max_steps is None:
         return training.epochs > _READINGS
     return training.max_steps * training.batch_size > _READINGS * rows
@@ -53,9 +50,8 @@ def with_zero(calibration: Calibration, heldout: Flagged, seen: Flagged) -> Cali
 
 
 def agree(calibration: Calibration, heldout: Flagged, seen: Flagged) -> bool:
-    """Whether flags that the training saw put the zero where held-out ones do, but for chance;
-    warns where they do not. Flags that are all alike, or none, put it nowhere.
-    """
+    """Whether flags that the training saw put the zero where held-out ones do, but for chance, or
+    warns. Flags that are all alike, or none, put it nowhere."""
     if len(set(seen[1].tolist())) < 2:
         return False
     ours, its = (_zero(calibration, answers) for answers in (heldout, seen))

@@ -44,8 +44,7 @@ def measure_additional(answers: pd.DataFrame, limits: Sequence[Constraint]) -> C
 
 
 def within_covariance(values: Array, prompts: Array) -> Array:
-    """Mean over prompts of the unbiased covariance of `values` [K, answers] within the prompt; [K,
-    K].
+    """Mean over prompts of the unbiased covariance of `values` [K, answers] within one; [K, K].
 
     Prompts with one answer are left out, as in `within_variance`, which is its diagonal; zeros if
     there is no other."""

@@ -17,9 +17,7 @@ _FRESH = "refresh.parquet"
 
 
 class Answers:
-    """Scored answers of policies, drawn once: people may be asked about them before the search can
-    go on.
-    """
+    """Scored answers of policies, drawn once: people may be asked before the search goes on."""
 
     def __init__(self, task: SearchTask, scorers: Scorers) -> None:
         self._task = task
@@ -34,9 +32,7 @@ class Answers:
         return kept_answers(folder / "answers.parquet", drawn)
 
     def fresh(self, warm: Step, prompts: pd.DataFrame, folder: Path) -> pd.DataFrame:
-        """Answers of the policy before to some prompts of the pool, for the training in `folder`;
-        schema ANSWERS.
-        """
+        """ANSWERS of the policy before to some pool prompts, for the training in `folder`."""
         params = self._task.params
         seed = params.seed + 1000 * (warm.step + 1)
         drawn = partial(self._draw, warm.policy, prompts, params.refresh_samples, seed)

@@ -62,8 +62,7 @@ def drawn_tokens(folder: Path) -> int:
 def downsample(history: dict[str, list[float]], count: int) -> list[HistoryRow]:
     """A history by step as at most `count` rows, each of a stretch of steps as even as can be.
 
-    `history` holds lambda, cost, reward and kl of every step.
-    """
+    `history` holds lambda, cost, reward and kl of every step."""
     columns = {key: np.array(history[key]) for key in ("lambda", "cost", "reward", "kl")}
     steps = len(columns["lambda"])
     parts = np.array_split(np.arange(steps), min(count, steps))

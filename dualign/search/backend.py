@@ -1,6 +1,4 @@
-"""What a search needs done, on models: train a policy, merge or mix policies, measure one on its
-own answers.
-"""
+"""What a search needs done, on models: train, merge, mix, and measure on a policy's own answers."""
 
 from __future__ import annotations
 
@@ -101,9 +99,7 @@ class ModelBackend:
         return str(out)
 
     def measure(self, step: int, policy: str) -> Measurement:
-        """On-policy estimates on the search prompts, and what the policy's own training took in
-        tokens and comparisons.
-        """
+        """Estimates on the search prompts, and what the training took in tokens and comparisons."""
         folder = self._task.folder(step)
         answers = self._answers.measured(policy, folder)
         measured = measure(answers)

@@ -1,5 +1,4 @@
-"""Bonuses for answers unlike the pairs seen so far: features of the reference policy, covariance,
-norm.
+"""Bonuses for answers unlike the pairs so far: features of the reference, covariance, norm.
 
 With phi(x, y) the features of an answer and pairs (y, y') compared so far, O-PD-DPO (2510.05703,
 alg. 2) has
@@ -35,8 +34,7 @@ def features(
     """phi(x, y): the model's last hidden layer, mean over the positions of the answer (token ids,
     none of them empty).
 
-    fp32 on the CPU, shape [answers, hidden].
-    """
+    fp32 on the CPU, shape [answers, hidden]."""
     model.eval()
     pad = int(tokenizer.pad_token_id)
     lengths = [len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True)]

@@ -24,9 +24,7 @@ _JOURNAL = "steps.json"
 
 @dataclass(frozen=True)
 class Blend:
-    """A merge of two policies of the search itself: (1 - weight) first + weight second, the numbers
-    of their steps.
-    """
+    """A merge of two steps' policies by their numbers: (1 - weight) first + weight second."""
 
     first: int
     second: int
@@ -35,8 +33,7 @@ class Blend:
 
 @dataclass(frozen=True)
 class Step:
-    """One policy of a search: its multiplier (for a merge the one it stands for), folder and
-    measurement.
+    """One policy of a search: multiplier (of a merge the one it stands for), folder, measurement.
 
     `closing` marks the policy made after the search from all its steps: their mixture (its
     multiplier is their mean), or the one trained at the tail average. `history` is that of an
@@ -99,9 +96,7 @@ def restore(scratch: Path) -> list[Step]:
 
 
 def _as_measured(step: Step) -> Step:
-    """The step with infinite errors, those of constraints on one prompt, which JSON holds as
-    null.
-    """
+    """The step with infinite errors (of a constraint on one prompt), which JSON holds as null."""
     additional = tuple(
         replace(known, error=math.inf) if known.mean is not None and known.error is None else known
         for known in step.measured.additional

@@ -1,6 +1,4 @@
-"""The loop that runs any search: measure, ask the rule, train or merge, until the rule stops or a
-budget is spent.
-"""
+"""The loop of any search: measure, ask the rule, train or merge, until rule or budget ends it."""
 
 from __future__ import annotations
 
@@ -37,15 +35,12 @@ class Ascent:
 
 
 class SearchBackend(Protocol):
-    """What a search needs done: training at a multiplier, merging, mixing, measuring. Folders are
-    given as strings.
-    """
+    """What a search needs done. Folders are given as strings."""
 
     def train(
         self, step: int, lam: float, warm: Step, prices: Sequence[float] | None = None
     ) -> str:
-        """Train a policy at `lam` and these prices of additional constraints (None: the pool's);
-        return its folder."""
+        """Train at `lam` and these prices of constraints (None: the pool's); return the folder."""
         ...
 
     def ascend(self, step: int) -> Ascent:
@@ -154,9 +149,7 @@ def _reason(search: Search, last: Step) -> str:
 
 
 def answers_drawn(plan: Plan, params: DualSearchParams, trained: bool) -> int:
-    """How many answers a step generates: to be measured and, where it is trained on its own, to be
-    trained.
-    """
+    """How many answers a step draws: to be measured and, if it is trained on its own, for that."""
     drawn = params.prompts * params.samples_per_prompt
     if trained and plan.method.data in ("pool", "fresh_pairs"):
         drawn += params.refresh_prompts * params.refresh_samples
@@ -183,9 +176,7 @@ def _spent(search: Search, steps: Sequence[Step], blend: Blend | None) -> str | 
 
 
 def _unaffordable(search: Search, steps: Sequence[Step], trains: bool) -> bool:
-    """Whether the next step would exceed `max_tokens`, if its answers are as long as those of the
-    last one.
-    """
+    """Whether the next step, with answers as long as the last's, would exceed `max_tokens`."""
     params = search.params
     if params.max_tokens is None:
         return False

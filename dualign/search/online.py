@@ -7,8 +7,7 @@
     pi_k+1 from phase_two(data, pi_r, exploration, lambda, beta, ...), coefficient beta / lambda
 
 Every function depends on its arguments alone: a search that keeps its fresh tables and reads them
-again goes on as if it had never stopped.
-"""
+again goes on as if it had never stopped."""
 
 from __future__ import annotations
 
@@ -47,9 +46,7 @@ class Preferences:
 
     @classmethod
     def read(cls, folder: Path) -> Preferences:
-        """The training rows of `helpful_pairs` and `safety_pairs` in a folder; DataError if one
-        cannot be read.
-        """
+        """The training rows of both tables in a folder; DataError if one cannot be read."""
         helpful = read_table(folder / _HELPFUL, HELPFUL_PAIRS)
         safety = read_table(folder / _SAFETY, SAFETY_PAIRS)
         return cls(helpful[helpful["split"] == "train"], safety[safety["split"] == "train"])
@@ -61,9 +58,7 @@ class Preferences:
             write_parquet(temporary / _SAFETY, self.safety, SAFETY_PAIRS)
 
     def rows_within_budget(self, training: TrainingParams, seed: int) -> Preferences:
-        """The rows that a run of each phase reaches; see
-        `dualign.training.pairs.rows_within_budget`.
-        """
+        """The rows that each phase reaches (`dualign.training.pairs.rows_within_budget`)."""
         return Preferences(
             rows_within_budget(self.helpful, training, seed),
             rows_within_budget(self.safety, training, seed),
@@ -82,16 +77,14 @@ def union(*parts: Preferences) -> Preferences:
 
 
 def collect(current: pd.DataFrame, baseline: pd.DataFrame) -> pd.DataFrame:
-    """Pairs (answer of pi_k, answer of the baseline) to the same prompts; pairs of identical texts
-    are left out.
+    """Pairs (answer of pi_k, answer of the baseline) to the same prompts, without identical texts.
 
     Both tables have columns prompt_id, prompt, sample, response, reward, cost (schemas ANSWERS and
     POOL have); sample i of one meets sample i of the other. Returns prompt_id, prompt, first,
     second, reward_first, reward_second, cost_first, cost_second, as
     `dualign.data.labelling.compare` reads them.
 
-    Raises DataError where a prompt and sample of one table is missing in the other.
-    """
+    Raises DataError where a prompt and sample of one table is missing in the other."""
     keys = ["prompt_id", "sample"]
     scores = ["response", "reward", "cost"]
     alone = _drawn(current) ^ _drawn(baseline)
@@ -118,8 +111,7 @@ def preference_tables(compared: pd.DataFrame, source: str) -> Preferences:
     """Labelled pairs (`dualign.data.labelling.compare`) as training rows; `source` says where from,
     such as a round.
 
-    Safety flags are null: the pairs were compared, not flagged.
-    """
+    Safety flags are null: the pairs were compared, not flagged."""
     return Preferences(
         _table(compared, compared["first_more_helpful"], source),
         _table(compared, compared["first_safer"], source),
@@ -153,9 +145,7 @@ def _table(compared: pd.DataFrame, first_wins: pd.Series, source: str) -> pd.Dat
 
 @dataclass
 class _Seen:
-    """Differences of features of one kind of pairs, [pairs, d] of each call, and the alpha that the
-    first fixed.
-    """
+    """Feature differences of one kind of pairs, [pairs, d] a call, and the alpha of the first."""
 
     key: str  # of the scale in a row's section `online`
     scale: float
@@ -188,8 +178,7 @@ class Exploration:
         self._safety = _Seen("cost_scale", params.cost_scale)
 
     def observe(self, data: Preferences) -> None:
-        """Count in the pairs of a table: the offline ones first, which fix both alphas, then those
-        of each round.
+        """Count in the pairs of a table: the offline ones first, which fix both alphas.
 
         Raises DataError where the first pairs fix none, since the answers of each have one and the
         same bonus."""
@@ -253,8 +242,7 @@ def phase_two(
     """Safety pairs with log pi_r + (b_r + lambda b_c) / beta as reference column, pi_r = `helpful`
     (alg. 2).
 
-    DPO with coefficient beta / lambda leads to pi_ref exp((r + b_r - lambda (c - b_c)) / beta).
-    """
+    DPO with coefficient beta / lambda leads to pi_ref exp((r + b_r - lambda (c - b_c)) / beta)."""
     pairs = preference_pairs(data.safety, helpful, tokenizer, batch_size)
     prompts = [pair.prompt for pair in pairs]
     answers = [p.first for p in pairs] + [p.second for p in pairs]

@@ -1,6 +1,4 @@
-"""Where the pairs of a training come from: tables that were scored before the search, or answers
-that it draws itself.
-"""
+"""Where a training's pairs come from: scored tables, or answers that the search draws."""
 
 from __future__ import annotations
 
@@ -48,9 +46,7 @@ class PairSource(Protocol):
     """The pairs that a search trains on."""
 
     def pairs(self, lam: float, warm: Step, folder: Path) -> list[Pair]:
-        """Pairs for a training at `lam` after the step `warm`; what is drawn for them is kept in
-        `folder`, the training's own.
-        """
+        """Pairs for a training at `lam` after `warm`; its `folder` keeps what is drawn for them."""
         ...
 
 
@@ -94,8 +90,7 @@ class ScoredPairs:
 
 
 class PoolPairs:
-    """The pool at the new multiplier, and fresh answers of the policy before on some of its
-    prompts.
+    """The pool at the new multiplier, and fresh answers of the policy before to some prompts.
 
     Fresh answers find the text that no fixed pool holds."""
 
@@ -126,8 +121,7 @@ class PoolPairs:
 
 
 class FreshPairs:
-    """O-PD-DPO (2510.05703, alg. 2): each training is a round of `dualign.search.online`, on pairs
-    of all rounds.
+    """O-PD-DPO (2510.05703, alg. 2): a training is a round (`dualign.search.online`), on all pairs.
 
     Of the offline pairs those count that a run would reach without fresh ones. What a round makes
     (answers, labelled pairs, pi_r) is kept in its folder, and everything else follows from it."""
@@ -151,9 +145,8 @@ class FreshPairs:
         self._offline = offline.rows_within_budget(task.params.training, task.params.seed)
 
     def pairs(self, lam: float, warm: Step, folder: Path) -> list[Pair]:
-        """Safety pairs of all rounds with log pi_r and the bonuses as reference column; pi_r is
-        trained first where the round has a policy of its own.
-        """
+        """Safety pairs of all rounds with log pi_r and bonuses as reference column; a round's own
+        pi_r is trained first."""
         task = self._task
         step = warm.step + 1
         self._compare(warm, folder)
@@ -172,9 +165,7 @@ class FreshPairs:
         )
 
     def _retrain(self, data: Preferences, warm: Step, folder: Path) -> None:
-        """Go on training pi_r on all helpful pairs, unless params or an earlier run say
-        otherwise.
-        """
+        """Go on training pi_r on all helpful pairs, unless params or an earlier run forbid it."""
         out = folder / "helpful"
         if not self._online.retrain_reward or out.is_dir():
             return
@@ -191,9 +182,7 @@ class FreshPairs:
         self._trainer.fit(task.helpful(warm.step), pairs, pair_loss, seed, out)
 
     def _compare(self, warm: Step, folder: Path) -> None:
-        """Answers of the policy before and of the pool to some of its prompts, compared; kept as
-        `fresh`.
-        """
+        """Compare the policy before with the pool on some of its prompts, kept as `fresh`."""
         if (folder / _FRESH).is_dir():
             return
         seed = self._task.params.seed + warm.step

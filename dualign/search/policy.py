@@ -134,8 +134,7 @@ def _projected_subgradient(search: Search, steps: Sequence[Step]) -> float | Non
 
 
 def _newton(search: Search, steps: Sequence[Step]) -> float | None:
-    """The line through all trainings, Newton's at first. A start within noise of the target is not
-    corrected.
+    """The line through all trainings, Newton's at first. A start within noise is not corrected.
 
     Its multiplier is that of the whole pool, which says more than the fewer prompts of one
     measurement do."""
@@ -148,9 +147,7 @@ def _newton(search: Search, steps: Sequence[Step]) -> float | None:
 
 @dataclass(frozen=True)
 class Corrections:
-    """The next multiplier by Newton's step, by the effective tilt, and by the line through all
-    trainings; None where that says nothing.
-    """
+    """The next multiplier by Newton's step, the effective tilt, and the line through trainings."""
 
     newton: float
     tilt: float | None = None
@@ -184,8 +181,7 @@ def corrections(steps: Sequence[Step], target: float, beta: float) -> Correction
 
 
 def jointly(step: Step, target: float, beta: float) -> list[float]:
-    """The next multiplier and the next prices of additional constraints, by Newton's step for all
-    of them at once."""
+    """The next multiplier and prices of additional constraints, by one Newton step for all."""
     m = step.measured
     excess = [0.0 if k.mean is None else k.share * (k.mean - k.limit) for k in m.additional]
     found = updates.joint_newton_step(
@@ -206,8 +202,7 @@ def _tilt_step(step: Step, target: float) -> float | None:
 
 
 def _response(tilt: Tilt | None, lam: float, beta: float) -> float:
-    """Effective over nominal tilt, (lam_eff / beta_eff) / (lambda / beta); 1 where the fit is not
-    believed.
+    """Effective over nominal tilt, (lam_eff / beta_eff) / (lambda / beta); 1 if not believed.
 
     It is believed where it explains the policy, and tells its multiplier from 0."""
     if tilt is None or tilt.r2 is None or tilt.beta_eff is None:
@@ -289,9 +284,7 @@ def screened_weight(
 
 
 def blend_first(search: Search, steps: Sequence[Step]) -> Blend | None:
-    """What to merge before another training: by Newton's rule, for one limit alone and where one
-    policy is returned.
-    """
+    """What to merge before a training: by Newton's rule, for one limit and one returned policy."""
     method = search.plan.method
     alone = method.rule == "newton" and not steps[-1].prices and method.returns in ("last", "best")
     left = search.params.merge_steps - sum(step.blend is not None for step in steps)
@@ -299,8 +292,7 @@ def blend_first(search: Search, steps: Sequence[Step]) -> Blend | None:
 
 
 def next_blend(steps: Sequence[Step], target: float) -> Blend | None:
-    """The merge that should cost `target`, of the two policies nearest to it, one above it and one
-    below.
+    """The merge that should cost `target`, of the policies nearest above it and below it.
 
     Where their log-ratios are tilts by r - lambda c, merging them is choosing a multiplier between
     theirs, at the price of a measurement and not of a training. None without such two, or if that

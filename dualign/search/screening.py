@@ -1,6 +1,4 @@
-"""The cost of a policy from samples of the reference, by importance weights: forward passes, no
-generation.
-"""
+"""A policy's cost from samples of the reference, by importance weights: forward passes alone."""
 
 from __future__ import annotations
 
@@ -16,9 +14,7 @@ Array = np.ndarray
 
 @dataclass(frozen=True)
 class Screening:
-    """The cost of the merge of weight `q` as the pool sees it: estimate, standard error, median ESS
-    of a prompt.
-    """
+    """The cost of the merge of weight `q` as the pool sees it, and a prompt's median ESS."""
 
     q: float
     cost: float
@@ -27,8 +23,7 @@ class Screening:
 
 
 def off_policy_cost(log_ratio: Array, cost: Array) -> tuple[float, float, float]:
-    """E_pi[c] from reference samples: (estimate, standard error, median effective sample size of a
-    prompt).
+    """E_pi[c] from reference samples: (estimate, standard error, median effective sample size).
 
     `log_ratio` is log(pi / pi_ref) of the samples and `cost` their c, both [prompts, samples]. With
     w = pi / pi_ref it is the mean over prompts of sum_i w_i c_i / sum_i w_i, as the dual predicts

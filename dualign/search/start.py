@@ -66,9 +66,7 @@ class TrainedPolicy:
 
 
 def check(plan: Plan, start: TrainedPolicy, reference: TrainedPolicy) -> None:
-    """Refuse a start or reference that was not trained as the method trains; ParamsError names the
-    key of the row, and what goes with it.
-    """
+    """Refuse a start or reference trained otherwise than the method; ParamsError names the key."""
     _check_scores(plan, start)
     if plan.method.inner == "lagrangian":
         _check_data(plan, start)
@@ -78,9 +76,7 @@ def check(plan: Plan, start: TrainedPolicy, reference: TrainedPolicy) -> None:
 
 
 def _check_scores(plan: Plan, start: TrainedPolicy) -> None:
-    """A start on log-ratios of policies cannot be retrained here: the tables hold the models'
-    scores.
-    """
+    """A start on log-ratios cannot be retrained here: the tables hold the models' scores."""
     if plan.method.rule != "one_shot" and start.scores != _SCORERS:
         raise ParamsError(
             f"methods.{plan.name}.rule: {plan.method.rule!r} would train on other scores than"
@@ -89,9 +85,7 @@ def _check_scores(plan: Plan, start: TrainedPolicy) -> None:
 
 
 def _check_data(plan: Plan, start: TrainedPolicy) -> None:
-    """A Lagrangian start was trained on the method's data, by the scores of policies for PeCAN and
-    for it alone.
-    """
+    """A Lagrangian start was trained on the method's data, by policies' scores for PeCAN alone."""
     method = plan.method.name
     data = "pool" if plan.method.data == "pool" else "pairs"
     if start.data != data:
@@ -109,9 +103,7 @@ def _check_data(plan: Plan, start: TrainedPolicy) -> None:
 
 
 def _check_loss(plan: Plan, named: str, policy: TrainedPolicy) -> None:
-    """Rounds of comparisons add rewards and bonuses, which takes policies of Bradley-Terry's loss,
-    DPO. `named` is the key of the row and its value.
-    """
+    """Rounds add rewards and bonuses, which takes DPO; `named` is the row's key and value."""
     if policy.loss_spec.loss_type != "dpo":
         raise ParamsError(
             f"methods.{plan.name}.{named} was trained by {policy.loss_spec.loss_type}, but"
@@ -120,9 +112,7 @@ def _check_loss(plan: Plan, named: str, policy: TrainedPolicy) -> None:
 
 
 def as_started(plan: Plan, start: TrainedPolicy, params: DualSearchParams) -> DualSearchParams:
-    """These params with the learning rate of the start, where trainings begin at the reference as
-    it did.
-    """
+    """The params with the start's learning rate, where trainings begin at the reference too."""
     if plan.method.inner != "lagrangian" or plan.method.warm:
         return params
     update = {"learning_rate": start.learning_rate}
@@ -130,17 +120,14 @@ def as_started(plan: Plan, start: TrainedPolicy, params: DualSearchParams) -> Du
 
 
 def goal(plan: Plan, solved: SolvedDual) -> tuple[float, float | None]:
-    """The pool's multiplier and the cost to steer to (None: the limit), with the certificate margin
-    where the row says so."""
+    """The pool's multiplier and the cost to steer to (None: the limit), by the row's target."""
     if plan.method.target == "limit":
         return solved.lam, None
     return solved.lam_margin, solved.target
 
 
 def trainings(plan: Plan, start: TrainedPolicy, reference: TrainedPolicy) -> int:
-    """How many policies were trained for the start: itself, all members of a soup, its reference,
-    those whose log-ratios score its pairs.
-    """
+    """Policies trained for the start: it, all of a soup, its reference, those that score pairs."""
     needed = dict.fromkeys(start.scores, 1)
     needed |= {plan.reference: reference.trainings, plan.start: start.trainings}
     return sum(n for folder, n in needed.items() if "_dpo" in folder or "_path/" in folder)
@@ -164,9 +151,7 @@ def steerable(plan: Plan, prices: Sequence[Price]) -> list[Price]:
 def start_prices(
     plan: Plan, start: TrainedPolicy, prices: Sequence[Price], solved: Path
 ) -> tuple[float, ...]:
-    """The prices that Newton's rule begins at: those `solved` for the pool, or 0 where the start
-    took none. Other rules correct none.
-    """
+    """The prices that Newton's rule begins at: those `solved`, or 0 where the start took none."""
     if plan.method.rule != "newton":
         return ()
     paid = took_prices(start.lam_from, solved)

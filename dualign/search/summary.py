@@ -1,6 +1,4 @@
-"""What a search returns, and its summary: the policy that was chosen, its steps, and what they
-took.
-"""
+"""What a search returns, and its summary: the chosen policy, the steps, what they took."""
 
 from __future__ import annotations
 
@@ -43,27 +41,21 @@ def _keeps(step: Step, bound: float, z: float) -> bool:
 
 
 def _excess(step: Step, limit: float) -> float:
-    """The largest excess over a limit in standard errors; without additional constraints the
-    cost.
-    """
+    """The largest excess over a limit in standard errors; without more constraints the cost."""
     if not step.measured.additional:
         return step.measured.cost
     return max((mean - bound) / max(error, 1e-12) for mean, bound, error in _against(step, limit))
 
 
 def _against(step: Step, bound: float) -> list[tuple[float, float, float]]:
-    """(mean, limit, standard error) of the cost, with `bound` as its limit, and of each additional
-    constraint that is known.
-    """
+    """(mean, limit, standard error) of the cost, limited by `bound`, and of known constraints."""
     m = step.measured
     additional = [(k.mean, k.limit, k.error or 0.0) for k in m.additional if k.mean is not None]
     return [(m.cost, bound, m.cost_se), *additional]
 
 
 def summary(search: Search, steps: Sequence[Step], stopped: str, before: int) -> SearchResult:
-    """The search as `reports/search/NAME.json` holds it; `before` counts the trainings that made
-    its start.
-    """
+    """`reports/search/NAME.json`; `before` counts the trainings that made its start."""
     method = search.plan.method
     params = search.params
     chosen = choose(search, steps, stopped)
@@ -98,9 +90,7 @@ def summary(search: Search, steps: Sequence[Step], stopped: str, before: int) ->
 
 
 def _row(search: Search, steps: Sequence[Step]) -> dict[str, Any]:
-    """The last of these steps as a summary holds it; after Newton's rule with what each estimate
-    says comes next.
-    """
+    """The last of these steps in a summary; by Newton's rule with what each estimate says next."""
     step = steps[-1]
     row = {
         **asdict(step.measured),
@@ -120,8 +110,7 @@ def _row(search: Search, steps: Sequence[Step]) -> dict[str, Any]:
 
 
 def numbers(result: SearchResult) -> dict[str, Any]:
-    """The returned step and what the search took, as metrics hold them, which know no lists:
-    additional constraints and their prices by name."""
+    """The returned step and what the search took, without lists: constraints and prices by name."""
     step = result.steps[result.chosen]
     additional = {
         known.name: {"mean": known.mean, "error": known.error, "limit": known.limit}

@@ -17,9 +17,7 @@ from dualign.search.task import SearchTask
 
 
 class ScoredTables:
-    """Tables with pessimistic scores, and with the prices of additional constraints in their
-    rewards. The prices are the task's until the search corrects them.
-    """
+    """Tables with pessimistic scores and priced rewards, by the task's prices until corrected."""
 
     def __init__(self, task: SearchTask, tokenizer: PreTrainedTokenizerBase) -> None:
         self._task = task

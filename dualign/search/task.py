@@ -1,6 +1,4 @@
-"""What a search on models is given: its row, params and prompts, the folders that it reads and the
-one that it works in.
-"""
+"""What a search on models is given: row, params, prompts, and the folders that it reads."""
 
 from __future__ import annotations
 
@@ -61,9 +59,8 @@ class PairLosses:
 
 @dataclass(frozen=True, eq=False)
 class SearchTask:
-    """A search on models. Additional constraints are measured on every policy, and their `prices`
-    charged to the rewards that a Lagrangian loss reads; every step has its own folder in `scratch`.
-    """
+    """A search on models. Additional constraints are measured on every policy, their `prices`
+    charged to rewards that a loss reads; a step has a folder in `scratch`."""
 
     plan: Plan
     params: DualSearchParams

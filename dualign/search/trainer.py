@@ -42,26 +42,20 @@ class PolicyTrainer:
         return Job(training, self._task.resources, checkpoints, seed, name)
 
     def adaptable(self, folder: Path, seed: int) -> Model:
-        """The policy in a folder, with adapters where params ask for them; new ones are the same
-        for the same seed.
-        """
+        """The policy in a folder, with adapters if params ask for them; `seed` draws new ones."""
         lora = self._task.params.lora
         policy = load_policy(folder, self._task.resources, trained=lora.rank == 0)
         return with_lora(policy, lora, seed)
 
     def save(self, policy: Model, out: Path, metrics: Metrics) -> None:
-        """Save a policy and the losses of its training, these first: once there is a policy,
-        nothing trains again.
-        """
+        """Save the losses of a training, then its policy: where one is, nothing trains again."""
         write_json(out.with_name(f"{out.name}{_LOSSES}"), metrics["losses"])
         with replacing(out) as temporary:
             save(policy, self._tokenizer, temporary)
 
 
 def losses(scratch: Path, folders: Sequence[Path]) -> list[LossRow]:
-    """The loss of every training in `folders`; `training` is its place in `scratch`, such as
-    step-1/policy.
-    """
+    """The loss of every training in `folders`, by its place in `scratch` (step-1/policy)."""
     rows: list[LossRow] = []
     for path in (path for folder in folders for path in listed(folder, f"*{_LOSSES}")):
         training = path.relative_to(scratch).as_posix().removesuffix(_LOSSES)

@@ -1,6 +1,4 @@
-"""Checkpoints that are whole: each ends with a manifest of its files, and one that does not match
-it is passed over.
-"""
+"""Whole checkpoints: each ends with a manifest; one that does not match it is passed over."""
 
 from __future__ import annotations
 
@@ -27,9 +25,7 @@ _NAME = re.compile("checkpoint-([0-9]+)")
 
 
 class Sealing(TrainerCallback):
-    """Writes the manifest of every checkpoint once all else of it is on the disk, and only then
-    removes older ones.
-    """
+    """Seals every checkpoint once all else of it is on the disk, and then removes older ones."""
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -44,9 +40,7 @@ class Sealing(TrainerCallback):
 
 
 def seal(folder: Path) -> None:
-    """Write the manifest: size and SHA-256 of every file by name, after the files themselves are on
-    the disk.
-    """
+    """Write the manifest, size and SHA-256 of every file, once these are on the disk."""
     for file in _files(folder):
         _sync(file)
     write_json(folder / MANIFEST, {_named(file, folder): _facts(file) for file in _files(folder)})

@@ -1,6 +1,4 @@
-"""What the stages reward_model and cost_model share: a scorer, trained or given, and its scores on
-held-out pairs.
-"""
+"""What reward_model and cost_model share: a scorer, trained or given, and its held-out scores."""
 
 from __future__ import annotations
 
@@ -34,9 +32,7 @@ _HIGH: dict[Meaning, str] = {"helpful": "chosen", "harmful": "rejected"}
 
 
 def local_inputs(params: ScorerParams) -> list[Path]:
-    """Folders and files beside the data that the scorer depends on: what lies in them counts, not
-    their names.
-    """
+    """What the scorer depends on beside the data, by content and not by name."""
     given = params.given or []
     named = [params.backbone, *(spec.path for spec in given), *(spec.template for spec in given)]
     return [REFERENCE, *(Path(name) for name in named if name is not None and Path(name).exists())]
@@ -45,9 +41,7 @@ def local_inputs(params: ScorerParams) -> list[Path]:
 def obtain(
     run: Run[Any], train: pd.DataFrame, meaning: Meaning, scratch: Path, sign_weight: float = 0.0
 ) -> tuple[Scorer, dict[str, Any]]:
-    """The scorer before calibration, and the metrics of its training; a given one is not
-    trained.
-    """
+    """The scorer before calibration, and the metrics of its training, if it is trained."""
     params = run.params
     if params.given is None:
         return _trained(run, train, meaning, scratch, sign_weight)
@@ -98,8 +92,7 @@ def with_cuts(
     A scorer that has read ends of turns alone says next to nothing of an answer that was cut: its
     score is that of the last token, whatever that is. `answers` holds the tokens of each answer,
     with which its conversation ends; of the prompt before it, which may have lost its beginning,
-    nothing is cut.
-    """
+    nothing is cut."""
     rng = np.random.default_rng(seed)
     pairs = len(sides[0])
     chosen = rng.random(pairs) < share
@@ -118,9 +111,7 @@ def _cut(row: list[int], answer: int, keep: float) -> list[int]:
 
 
 def on_one_scale(scorer: Scorer, calibration_of: Callable[[Scorer], Calibration]) -> Scorer:
-    """Members of a scorer of several, each behind a calibration of its own: means and spreads need
-    one unit.
-    """
+    """Several members, each behind a calibration of its own: means and spreads need one unit."""
     if len(scorer.members) == 1:
         return scorer
     alone = [Scorer.of([member], Platt()) for member in scorer.members]
@@ -134,11 +125,9 @@ def on_one_scale(scorer: Scorer, calibration_of: Callable[[Scorer], Calibration]
 def heldout_answers(
     scorer: Scorer, heldout: pd.DataFrame, batch_size: int, *, ended: bool = True
 ) -> pd.DataFrame:
-    """Both answers of every held-out pair: side, prompt_id, score, unsafe (None where there is no
-    flag).
+    """Both answers of every held-out pair: side, prompt_id, score, unsafe (None without a flag).
 
-    With `ended` False they are read as if they had been cut after their last word.
-    """
+    With `ended` False they are read as if they had been cut after their last word."""
     ends = [ended] * len(heldout)
     parts = [
         pd.DataFrame(
@@ -157,9 +146,7 @@ def heldout_answers(
 
 
 def gaps(answers: pd.DataFrame) -> np.ndarray:
-    """Score of chosen less that of rejected, in the order of the pairs; `answers` as
-    `heldout_answers` gives them.
-    """
+    """Score of chosen less that of rejected, by pair; `answers` are of `heldout_answers`."""
     chosen, rejected = (
         answers[answers["side"] == side]["score"].to_numpy() for side in ("chosen", "rejected")
     )
@@ -170,8 +157,7 @@ def crosswise(prompt_ids: pd.Series) -> list[tuple[np.ndarray, np.ndarray]]:
     """Rows to fit to and rows to judge by, twice: every other prompt, in the order of their ids,
     against the rest.
 
-    Empty where there are not two prompts. Rows are boolean arrays [rows].
-    """
+    Empty where there are not two prompts. Rows are boolean arrays [rows]."""
     order = {prompt: i for i, prompt in enumerate(sorted(prompt_ids.unique()))}
     first = np.array([order[prompt] % 2 == 0 for prompt in prompt_ids], bool)
     return [(first, ~first), (~first, first)] if len(order) > 1 else []

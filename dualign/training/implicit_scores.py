@@ -41,22 +41,17 @@ class Tables(NamedTuple):
 
 
 def implicit_reward(log_ratio: Array, beta: float) -> Array:
-    """r^ = beta log(pi_r / pi_ref), in units of reward; beta is the coefficient that pi_r was
-    trained with.
-    """
+    """r^ = beta log(pi_r / pi_ref), in units of reward; beta is pi_r's coefficient."""
     return beta * log_ratio
 
 
 def implicit_cost(log_ratio: Array, beta: float) -> Array:
-    """c^ = -beta log(pi_g / pi_ref), in units of cost, up to an offset of each prompt; beta is
-    pi_g's coefficient.
-    """
+    """c^ = -beta log(pi_g / pi_ref), in cost, up to an offset of each prompt; beta is pi_g's."""
     return -beta * log_ratio
 
 
 def cost_offset(implicit: Array, cost: Array) -> float:
-    """What to add to c^ so that its mean over the pool is that of the cost model's c; both of shape
-    [rows].
+    """What moves the mean of c^ over the pool to that of the cost model's c; both of shape [rows].
 
     PeCAN bounds safety relative to the reference, E[g] - E_ref[g] >= b with g = -c. With b =
     E_ref[c] - d that is our limit, E[c^] + (E_ref[c] - E_ref[c^]) <= d; the bracket is this offset,
@@ -70,9 +65,7 @@ def cost_offset(implicit: Array, cost: Array) -> float:
 
 
 class Sources(NamedTuple):
-    """Where scores are from: `reward_model` and `cost_model`, or policies by their folders under
-    `models`, the metrics of whose trainings lie in `metrics`.
-    """
+    """`reward_model` and `cost_model`, or policies in `models`, whose metrics lie in `metrics`."""
 
     reward: str
     cost: str
@@ -125,9 +118,7 @@ def with_implicit_cost(
     beta: float,
     batch_size: int,
 ) -> Tables:
-    """Both tables with c^ of `policy` as their costs, moved by the one `cost_offset` of the
-    pool.
-    """
+    """Both tables with c^ of `policy` as costs, moved by the pool's `cost_offset`."""
     ratios = log_ratios(tables, policy, tokenizer, batch_size)
     pool, chosen, rejected = (implicit_cost(ratio, beta) for ratio in ratios)
     offset = cost_offset(pool, tables.pool["cost"].to_numpy())
@@ -140,8 +131,7 @@ def log_ratios(
     """log(policy / pi_ref) in nats of the pool's answers, of the pairs' chosen and of their
     rejected ones; each [rows].
 
-    Raises ModelError if one of them is not finite.
-    """
+    Raises ModelError if one of them is not finite."""
     pool, pairs = tables
     prompts = encode_prompts(tokenizer, [*pool["prompt"], *pairs["prompt"], *pairs["prompt"]])
     drawn = [list(map(int, tokens)) for tokens in pool["tokens"]]

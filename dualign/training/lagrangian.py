@@ -1,6 +1,4 @@
-"""Training on the Lagrangian r - lambda c at a fixed multiplier: what `lagrangian_dpo` and
-`lambda_path` share.
-"""
+"""Training on r - lambda c at a fixed multiplier: `lagrangian_dpo` and `lambda_path` share it."""
 
 from __future__ import annotations
 
@@ -27,9 +25,7 @@ def pairs_at(
     params: LagrangianParams,
     tokenizer: PreTrainedTokenizerBase,
 ) -> list[Pair]:
-    """Training pairs at a multiplier from a table of schema POOL (`pool`) or SCORED_PAIRS
-    (`pairs`).
-    """
+    """Training pairs at a multiplier, of a table of schema POOL or SCORED_PAIRS."""
     scale = lagrangian_scale(lam, spec.pair_loss.normalised)
     if data == "pairs":
         return lagrangian_pairs(frame, tokenizer, lam, scale)

@@ -1,5 +1,4 @@
-"""What a training reads and how long it takes: real tokens, model FLOP, rates, and the line that
-tells them while it runs."""
+"""What a training reads and takes: real tokens, model FLOP, rates, and the line that tells them."""
 
 from __future__ import annotations
 
@@ -39,9 +38,7 @@ class Meter:
         self._began = self._told_at = time.monotonic()
 
     def count(self, read: Tensor, answers: Tensor | None) -> None:
-        """A part of a batch: masks [rows, positions] of the tokens that are read, and of those that
-        the output head scores.
-        """
+        """A part of a batch: masks [rows, positions] of tokens read, and of those scored."""
         lengths = read.sum(1).double()
         scored = lengths.new_zeros(()) if answers is None else answers.sum().double()
         own = torch.stack([lengths.sum(), scored, (lengths * lengths).sum()])
@@ -82,8 +79,7 @@ class Metered:
 
 class Telling(TrainerCallback):
     """Tells how far a training is: in a log a line at every logged step, and one where the last was
-    long ago; on a terminal the same beside a bar; to trackers the numbers.
-    """
+    long ago; on a terminal the same beside a bar; to trackers the numbers."""
 
     def __init__(self, name: str, meter: Meter) -> None:
         self._name = name

@@ -41,8 +41,7 @@ def train_scorer(
     sign_weight: float = 0.0,
     regularisation: float = 0.0,
 ) -> Metrics:
-    """Bradley-Terry ranking loss; with `sign_weight` > 0 plus the sign terms that give a cost model
-    its zero.
+    """Bradley-Terry ranking loss, plus, if weighed, the sign terms that give a cost model its zero.
 
     `regularisation` weighs the mean squared score (Safe RLHF uses 1e-3), which keeps scores from
     drifting."""
@@ -100,9 +99,7 @@ class _FlagCollator(DataCollatorForPreference):
 
 
 class ScorerTrainer(Shared, RewardTrainer):
-    """RewardTrainer for a reward model, or for a cost model whose `chosen` is the more harmful
-    answer.
-    """
+    """RewardTrainer of a reward model, or of a cost model whose `chosen` is the more harmful."""
 
     _signature_columns: list[str]
 

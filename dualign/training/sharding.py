@@ -22,9 +22,8 @@ _WRITTEN = ("use_cache", "output_router_logits", "router_aux_loss_coef")
 
 
 def fsdp_arguments() -> dict[str, Any]:
-    """What TRL's arguments need for it. Weights are computed with as the model itself says, not in
-    accelerate's mixed precision: a policy before its first step equals its reference.
-    """
+    """What TRL's arguments need for it. Weights compute as the model says, not in accelerate's
+    mixed precision: before its first step a policy equals its reference."""
     config = {"version": 2, "state_dict_type": "SHARDED_STATE_DICT"}
     return {"fsdp": True, "fsdp_config": config, "bf16": False}
 

@@ -65,8 +65,7 @@ class Shared(Metered, Sharding):
 
     def known(self, batch: dict[str, Any]) -> Tensor | None:
         """Which answers of a part of a batch its second term has a target for, if it has one; those
-        of rows that do not count may be among them.
-        """
+        of rows that do not count may be among them."""
         return None
 
     def _counted(
@@ -99,8 +98,7 @@ class Shared(Metered, Sharding):
 
     def mean(self, values: Tensor, counted: Tensor | None = None) -> Tensor:
         """The part of this process in the mean over the rows of all, times their number; 0 where
-        none counts. `counted` is a mask of the rows that do, of `values` [rows, or answers].
-        """
+        none counts. `counted` is a mask of the rows that do, of `values` [rows, or answers]."""
         if counted is None:
             return values.mean()
         kept = values[counted.repeat(len(values) // len(counted))]
@@ -117,9 +115,7 @@ class Shared(Metered, Sharding):
         return everywhere
 
     def _counted_rows(self) -> Tensor | None:
-        """Which rows of this process's last batch in an epoch no process has before it; None where
-        they come out even.
-        """
+        """Rows of this process's last batch that none had before; None where they come out even."""
         processes = self.accelerator.num_processes
         size = self.args.per_device_train_batch_size
         left = len(self.train_dataset) % (size * processes)

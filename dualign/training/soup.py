@@ -43,9 +43,7 @@ def soup(count: int, train: Train, job: Job, out: Path) -> Metrics:
 
 
 def _member(number: int, folder: Path, train: Train, job: Job) -> Metrics:
-    """The metrics of a member, whose folder then holds its policy but no checkpoints: these are
-    larger, and of no use any more.
-    """
+    """The metrics of a member, whose folder then holds its policy and no more checkpoints."""
     checkpoints = folder / "training"
     name = f"{folder.name} {job.name}"
     own = replace(job, scratch=checkpoints, seed=job.seed + _APART * number, name=name)

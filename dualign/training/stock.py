@@ -26,9 +26,7 @@ def stock_trainer(
     pairs: Sequence[Pair],
     options: dict[str, Any],
 ) -> StockTrainer:
-    """TRL's trainer with the `options` of its DPOConfig; reference columns and labels of the pairs
-    are not read.
-    """
+    """TRL's trainer with `options` of its DPOConfig; reference columns and labels are not read."""
     columns = {
         "prompt_ids": [pair.prompt for pair in pairs],
         "chosen_ids": [pair.first for pair in pairs],

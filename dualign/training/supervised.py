@@ -25,9 +25,8 @@ def train_sft(
     heldout: Sequence[tuple[list[int], list[int]]],
     job: Job,
 ) -> Metrics:
-    """Maximise log pi(answer | prompt) on (prompt ids, answer ids); returns losses per answer
-    token, in nats, with that of `heldout` after training.
-    """
+    """Maximise log pi(answer | prompt) on (prompt ids, answer ids); returns losses per answer token
+    in nats, with that of `heldout` after training."""
     measured = _fitting(heldout, job.training.max_length)  # told before training, if none fits
     # The rows fit, and their labels are made here: TRL would walk through them twice, one by one,
     # for the same.
@@ -50,9 +49,7 @@ def heldout_loss(
     rows: Sequence[tuple[list[int], list[int]]],
     job: Job,
 ) -> float:
-    """Mean -log pi(token) in nats over the answers' tokens of the rows that fit into the job's
-    max_length.
-    """
+    """Mean -log pi(token) in nats over answers' tokens of the rows that fit into max_length."""
     kept = _fitting(rows, job.training.max_length)
     prompts, answers = zip(*kept, strict=True)
     size = job.resources.scoring_batch_size

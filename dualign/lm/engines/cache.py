@@ -19,9 +19,8 @@ _ROOM = 64
 
 @dataclass
 class Read:
-    """A prompt as the model has read it: keys and values of each layer, [heads, positions, width],
-    and logits of the token that comes next, [vocabulary].
-    """
+    """A prompt as read: each layer's keys and values [heads, positions, width], the next logits
+    [vocabulary]."""
 
     layers: list[tuple[Tensor, Tensor]]
     logits: Tensor
@@ -42,9 +41,7 @@ class Read:
 
 
 class _Layer(DynamicLayer):
-    """Keys and values of one layer, [rows, heads, positions, width]: the part in use of tables with
-    room for more positions.
-    """
+    """A layer's keys and values [rows, heads, positions, width]: the used part of larger tables."""
 
     keys: Tensor
     values: Tensor
@@ -84,9 +81,7 @@ def _with_room(states: Tensor) -> Tensor:
 
 
 class Places:
-    """Keys and values of rows under way, and which positions are a row's own: `mask`, [places,
-    positions].
-    """
+    """Keys and values of rows under way; `mask` [places, positions] says which are a row's own."""
 
     def __init__(self, count: int, longest: Read) -> None:
         """Room for so many rows, whose longest prompt is given."""

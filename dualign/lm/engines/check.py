@@ -77,9 +77,8 @@ def check_batches(model: Any, path: Any, precision: torch.dtype, exact: Callable
 
 
 def _drawn_apart(model: Any) -> float:
-    """Mean difference in nats, at the worst token, of what a batch draws from and what one pass
-    over the prompt and its answer says.
-    """
+    """Mean difference in nats, at the worst token, between draws of a batch and one pass over each
+    row."""
     training = model.training
     model.eval()
     device = next(model.parameters()).device
@@ -153,8 +152,7 @@ def log_ratios(table: Tensor, drawn: Tensor) -> Tensor:
 
 def _cut(ordered: Tensor, kept: Tensor, own: Tensor) -> Tensor:
     """log q / p of tokens for p cut to what is `kept` of its largest probabilities, `ordered`
-    [tokens, some]; `own` is log p of each token. [tokens], in nats.
-    """
+    [tokens, some]; `own` is log p of each token. [tokens], in nats."""
     least = torch.where(kept, ordered, 1.0).amin(1)
     mass = torch.where(kept, ordered, 0.0).sum(1)
     return torch.where(own.exp() >= least, -mass.log(), -torch.inf)

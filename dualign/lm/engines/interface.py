@@ -19,9 +19,7 @@ from dualign.params.base import DecodingParams, Resources
 
 
 class Decoding(NamedTuple):
-    """How answers are drawn: as `dualign.params.base.DecodingParams`; by default from the policy
-    itself.
-    """
+    """How answers are drawn (`DecodingParams`), by default from the policy itself."""
 
     temperature: float = 1.0
     top_p: float = 1.0

@@ -156,9 +156,8 @@ class _Batch:
         return {place: row for place, row in enumerate(self._rows) if row is not None}
 
     def advance(self) -> list[int]:
-        """A token for each row under way, or the first for rows that join. Returns the tokens of
-        each answer that has ended.
-        """
+        """A token for each row under way, or the first for those that join; the lengths of what has
+        ended."""
         free = [place for place, row in enumerate(self._rows) if row is None]
         many = len(free) >= max(1, int(_SHARE * len(self._rows)))
         if self._waiting and free and (many or self._waiting[0].prompt in self._reader):
@@ -237,8 +236,7 @@ def drawn(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
 
 def _passed(weights: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     """Where the distribution function of weights [rows, n] passes a uniform number [rows], and what
-    is left of that for a draw within: uniform again in [0, 1).
-    """
+    is left of that, uniform again in [0, 1), for a draw within."""
     function = weights.double().cumsum(1)
     wanted = uniforms.unsqueeze(1) * function[:, -1:]
     place = torch.searchsorted(function, wanted, right=True).clamp(max=function.shape[1] - 1)

@@ -16,9 +16,8 @@ Array = np.ndarray
 
 
 class JointSolution(NamedTuple):
-    """Multipliers and predicted means of K constraints [K], the optimum E[r] - beta KL, and the
-    steps it took.
-    """
+    """Multipliers and predicted means [K] of K constraints, the optimum E[r] - beta KL, the steps
+    taken."""
 
     lams: Array
     predicted: Array
@@ -83,9 +82,7 @@ def solve_many(
 
 @dataclass(frozen=True)
 class _Joint:
-    """The joint problem on standardised scores: reward r / s_r, excess m_k (c_k - d_k) / s_k [K,
-    prompts, samples].
-    """
+    """Standardised scores: reward r / s_r, excess m_k (c_k - d_k) / s_k [K, prompts, samples]."""
 
     reward: Array
     excess: Array
@@ -114,9 +111,7 @@ class _Joint:
         return self.limits - self.sd * self.moments(lams)[1] / self.members.mean(1)
 
     def impossible(self, lams: Array) -> bool:
-        """Whether mean_x min_i sum_k lambda_k excess_k > 0: then no weights of the samples keep all
-        limits (Farkas).
-        """
+        """Whether mean_x min_i sum_k lambda_k excess_k > 0: no weights keep all limits (Farkas)."""
         return bool(np.tensordot(lams, self.excess, 1).min(1).mean() > 1e-12 * lams.sum())
 
     def conflict(self, lams: Array, short: Array) -> str:

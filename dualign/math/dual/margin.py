@@ -55,8 +55,7 @@ def certificate_margin(sd: float, prompts: int, *, delta: float, power: float) -
 
 
 class MarginSolution(NamedTuple):
-    """The multiplier at which C(lambda) = `target`, the limit less `margin`; not `reached`: the
-    largest multiplier's."""
+    """C(lambda) = `target`, the limit less `margin`; not `reached`: the largest multiplier's."""
 
     lam: float
     target: float
@@ -73,8 +72,7 @@ def solve_with_margin(
     lambda_max: float,
     margin: Callable[[float], float],
 ) -> MarginSolution:
-    """The smallest multiplier with C(lambda) + margin(lambda) <= limit; 0 if there it holds
-    already.
+    """The smallest multiplier with C(lambda) + margin(lambda) <= limit; 0 where it holds already.
 
     `margin` is the certificate margin at a multiplier. It changes slowly beside C, but need not
     fall with lambda, so the first sign change on a geometric grid above the plain root is

@@ -50,8 +50,7 @@ def out_of_reach(
 
 
 def least_of(score: Array, count: int) -> Array:
-    """Expected smallest of `count` samples drawn from those of a prompt without replacement; shape
-    [prompts].
+    """Expected smallest of `count` of a prompt's samples, drawn without replacement; [prompts].
 
     The i-th smallest of n is the smallest drawn with probability C(n - i, k - 1) / C(n, k).
 

@@ -46,8 +46,7 @@ def root(
     lambda_max: float,
     share: Array | None = None,
 ) -> float:
-    """The multiplier with C(lambda) = limit by Newton's method inside a shrinking bracket; 0 where
-    C(0) <= limit.
+    """The root of C(lambda) = limit by Newton's method in a shrinking bracket; 0 if C(0) <= limit.
 
     `share` weighs the prompts (default: all alike), which is how the bootstrap resamples them.
     Raises InfeasibleError if even lambda_max leaves the cost above the limit; it says what would

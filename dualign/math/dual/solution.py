@@ -1,5 +1,4 @@
-"""The solved dual of a pool: the multiplier with its interval, and what is predicted along the
-frontier."""
+"""The solved dual of a pool: the multiplier, its interval, and the predicted frontier."""
 
 from __future__ import annotations
 
@@ -29,9 +28,7 @@ Array = np.ndarray
 
 @dataclass(frozen=True)
 class DualSolution:
-    """The solved dual of one pool of samples, in the user's units; `scales` and `steps` tell how it
-    was solved.
-    """
+    """The solved dual of a pool in the user's units; `scales` and `steps` tell how it was done."""
 
     lam: float
     lam_interval: tuple[float, float]
@@ -52,9 +49,7 @@ class DualSolution:
 
     @property
     def slope(self) -> float:
-        """d lambda / d limit = -beta / mean Var(c | x) at the solution; 0 where the limit is
-        slack.
-        """
+        """d lambda / d limit = -beta / mean Var(c | x) at the solution; 0 if the limit is slack."""
         spread = float(variance(self.reward, self.cost, self.lam, self.beta).mean())
         return 0.0 if self.slack or spread == 0 else -self.beta / spread
 
@@ -66,8 +61,7 @@ class DualSolution:
         reward: Array | None = None,
         level: float = 0.9,
     ) -> list[dict[str, float]]:
-        """Predicted reward, cost, P(unsafe), CVaR, KL, ESS (and length) of pi_lambda for each
-        multiplier.
+        """Predicted reward, cost, P(unsafe), CVaR, KL, ESS (and length) of pi_lambda by multiplier.
 
         Each has a 95 % band (`_low`, `_high`) from a bootstrap over prompts. All but the ESS are
         jackknifed (`jackknife_weights`): self-normalised weights pull every mean towards the

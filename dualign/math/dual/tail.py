@@ -8,8 +8,7 @@ Array = np.ndarray
 
 
 def value_at_risk(value: Array, weight: Array, level: float) -> float:
-    """The smallest of the values that at least `level` of the weight does not exceed; both of one
-    shape.
+    """The smallest value that at least `level` of the weight does not exceed; both of one shape.
 
     >>> value_at_risk(np.array([4.0, 1.0, 3.0, 2.0]), np.ones(4), level=0.5)
     2.0

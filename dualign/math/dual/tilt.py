@@ -1,5 +1,4 @@
-"""The tilted policy pi_lambda ~ pi_ref exp((r - lambda c) / beta), by importance weights on samples
-of pi_ref."""
+"""pi_lambda ~ pi_ref exp((r - lambda c) / beta) by importance weights on samples of pi_ref."""
 
 from __future__ import annotations
 
@@ -80,8 +79,7 @@ def predict(reward: Array, cost: Array, lam: float, beta: float, value: Array) -
 
 
 def variance(reward: Array, cost: Array, lam: float, beta: float) -> Array:
-    """Var_{pi_lambda}(c | x) for each prompt by importance weighting; shape [prompts]. Its mean
-    over beta is D''.
+    """Var_{pi_lambda}(c | x) by importance weighting, [prompts]. Its mean over beta is D''.
 
     Costs of 0 and 1 with odds of 3 to 1 vary by 3/4 times 1/4:
 
