@@ -95,7 +95,7 @@ def _of_folder(folder: Path, spec: SourceSpec, root: Path) -> Files:
     if arrow or _has_configs(folder / "README.md"):
         return [(str(folder), _dataset(str(folder), None, spec, root))]
     files = [folder / name for name in _plain_files(folder, names, spec)]
-    return ((str(file), _reader(file)(file)) for file in files)
+    return ((str(file), read_file(file)) for file in files)
 
 
 def _listed(folder: Path) -> list[Path]:
@@ -188,14 +188,10 @@ def _dataset(name: str, inner: str | None, spec: SourceSpec, folder: Path) -> Ra
 
 def read_file(path: Path) -> Raw:
     """The raw rows of one file, by its suffix; rows of CSV, JSON and parquet."""
-    return _reader(path)(path)
-
-
-def _reader(path: Path) -> Callable[[Path], Raw]:
-    try:
-        return _READERS[_suffix(path)]
-    except KeyError:
-        raise DataError(f"{path}: unknown kind of file; one of {_KINDS}") from None
+    reader = _READERS.get(_suffix(path))
+    if reader is None:
+        raise DataError(f"{path}: unknown kind of file; one of {_KINDS}")
+    return reader(path)
 
 
 def _suffix(path: Path) -> str:
@@ -218,11 +214,9 @@ def _opened(path: Path) -> Iterator[IO[bytes]]:
 def _remedy(error: Exception) -> str:
     if isinstance(error, PermissionError):
         return "check its permissions"
-    return (
-        "does a link lead nowhere?"
-        if isinstance(error, FileNotFoundError)
-        else "is the download complete?"
-    )
+    if isinstance(error, FileNotFoundError):
+        return "does a link lead nowhere?"
+    return "is the download complete?"
 
 
 def _lines(stream: IO[bytes], path: Path) -> Iterator[tuple[int, bytes]]:
@@ -273,11 +267,9 @@ def _json_line(content: bytes, path: Path, line: int) -> Row | BadRow:
 
 
 def _as_row(row: Any) -> Row | BadRow:
-    return (
-        row
-        if isinstance(row, dict)
-        else BadRow("not_an_object", "expected an object of columns", excerpt(row))
-    )
+    if isinstance(row, dict):
+        return row
+    return BadRow("not_an_object", "expected an object of columns", excerpt(row))
 
 
 def _json(path: Path) -> Raw:
@@ -546,9 +538,8 @@ def _weight(column: pa.Array) -> int:
 
 def _unpacked(piece: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
     """The rows with their texts in place of references, which become Python objects faster."""
-    own = piece.take(
-        pa.array(range(len(piece)))
-    )  # a cast would unpack all that a piece is a part of
+    # A cast would unpack all that a piece is a part of.
+    own = piece.take(pa.array(range(len(piece))))
     columns = map(_cast, own.columns, schema.types)
     return pa.RecordBatch.from_arrays(list(columns), names=schema.names)
 

@@ -67,9 +67,7 @@ def precision_of(resources: Resources) -> torch.dtype:
 
 @contextlib.contextmanager
 def _tensor_cores() -> Iterator[None]:
-    """Products of fp32 by the tensor cores of a GPU, which read ten bits of each factor and add in
-    fp32; a CPU has no such.
-    """
+    """Products of fp32 by a GPU's tensor cores, which read ten bits of a factor and add in fp32."""
     before = torch.backends.cuda.matmul.fp32_precision
     torch.backends.cuda.matmul.fp32_precision = "tf32"
     try:
@@ -104,8 +102,7 @@ class _HeadProduct(torch.autograd.Function):
 class Fp32Head(torch.nn.Linear):
     """A linear head in fp32, under any autocast, whatever bf16 holds of states and weights.
 
-    A trained head is rounded as a frozen one is stored, so that both give the same logits.
-    """
+    A trained head is rounded as a frozen one is stored, so that both give the same logits."""
 
     def forward(self, hidden: Tensor) -> Tensor:
         with torch.autocast(hidden.device.type, enabled=False):
@@ -160,16 +157,14 @@ def _of_score(model: Any) -> set[Tensor]:
 def _compute_in_bf16(model: Any, device: torch.device) -> None:
     """Autocast of the forward pass, bf16 from the embeddings on, and an fp32 head."""
     forward = torch.autocast(device.type, torch.bfloat16)(type(model).forward)
-    model.forward = MethodType(
-        forward, model
-    )  # a method of its own, so that a copy's is the copy's
+    # A method of its own, so that a copy's is the copy's.
+    model.forward = MethodType(forward, model)
     model.get_input_embeddings().register_forward_hook(
         lambda module, given, output: output.to(torch.bfloat16)
     )
     head = head_of(model)
-    if (
-        type(head) is torch.nn.Linear
-    ):  # a class and no patch of `forward`: a copy of the head is one too
+    # A class and no patch of `forward`: a copy of the head is one too.
+    if type(head) is torch.nn.Linear:
         head.__class__ = Fp32Score if head is getattr(model, "score", None) else Fp32Head
 
 
@@ -288,8 +283,7 @@ def _shaped(config: Any, output: Tensor) -> Tensor:
 @torch.no_grad()
 def check_head(model: Any, path: Any) -> None:
     """Put numbers as large as logits get in the place of the head's output, and compare what the
-    model makes of them with what we do. Raises ModelError where it does other things.
-    """
+    model makes of them with what we do. Raises ModelError where it does other things."""
     ids = torch.arange(4, device=next(model.parameters()).device).unsqueeze(0)
     put: list[Tensor] = []
 

@@ -44,16 +44,15 @@ def preference_pairs(
     *,
     mismatched: bool = False,
 ) -> list[Pair]:
-    """Pairs of a preference table (first = chosen, label 1), their reference columns computed under
-    `reference`.
+    """Pairs of a preference table (first = chosen, label 1), with columns under `reference`.
 
     With `mismatched` each carries an answer to another prompt, for KTO's reference point. Raises
     DataError where the table has one prompt only."""
     encoded = zip(*_encode(frame, tokenizer), strict=True)
     pairs = [Pair(prompt, first, second, math.nan, math.nan) for prompt, first, second in encoded]
-    return with_reference(
-        with_mismatched(pairs) if mismatched else pairs, reference, tokenizer, batch_size
-    )
+    if mismatched:
+        pairs = with_mismatched(pairs)
+    return with_reference(pairs, reference, tokenizer, batch_size)
 
 
 def with_reference(
@@ -62,29 +61,25 @@ def with_reference(
     tokenizer: PreTrainedTokenizerBase,
     batch_size: int,
 ) -> list[Pair]:
-    """The pairs with log-probabilities under `reference` as reference columns of all their
-    answers.
-    """
-    others = [
-        p.mismatched for p in pairs if p.mismatched is not None
-    ]  # all pairs have one, or none
+    """The pairs with log-probabilities under `reference` as columns of all their answers."""
+    # All pairs have one, or none.
+    others = [p.mismatched for p in pairs if p.mismatched is not None]
     answers = [p.first for p in pairs] + [p.second for p in pairs] + others
     sides = 3 if others else 2
     prompts = [p.prompt for p in pairs] * sides
     logps = log_probabilities(reference, tokenizer, prompts, answers, batch_size=batch_size)
     first, second, *mismatched = logps.reshape(sides, len(pairs)).tolist()
-    columns = zip(
-        first, second, mismatched[0] if mismatched else [math.nan] * len(pairs), strict=True
-    )
+    third = mismatched[0] if mismatched else [math.nan] * len(pairs)
     return [
         replace(pair, ref_first=ref_first, ref_second=ref_second, ref_mismatched=ref_mismatched)
-        for pair, (ref_first, ref_second, ref_mismatched) in zip(pairs, columns, strict=True)
+        for pair, ref_first, ref_second, ref_mismatched in zip(
+            pairs, first, second, third, strict=True
+        )
     ]
 
 
 def with_mismatched(pairs: Sequence[Pair]) -> list[Pair]:
-    """The pairs, each with an answer of the next pair that has another prompt: the first and the
-    second in turn.
+    """The pairs, each with an answer, first and second in turn, of the next to another prompt.
 
     Such answers, which nobody judged for this prompt, are where KTO estimates its reference point
     (2402.01306)."""
@@ -102,9 +97,7 @@ def with_mismatched(pairs: Sequence[Pair]) -> list[Pair]:
 
 
 def with_safe_flags(pairs: Sequence[Pair], frame: pd.DataFrame) -> list[Pair]:
-    """The pairs of `frame`, an answer desirable where its flag says safe; without a flag of its own
-    the chosen one is, the rejected one is not.
-    """
+    """The pairs of `frame`; desirable is what is flagged safe, without flags the chosen answer."""
     flags = zip(frame["chosen_is_safe"], frame["rejected_is_safe"], strict=True)
     return [
         replace(pair, desirable=(_known(chosen, True), _known(rejected, False)))
@@ -123,8 +116,7 @@ def safety_training_pairs(
     batch_size: int,
     loss_type: LossType,
 ) -> list[Pair]:
-    """Pairs of a safety table as a loss reads them, their reference columns computed under
-    `reference`.
+    """Pairs of a safety table as a loss reads them, with columns under `reference`.
 
     KTO's have mismatched answers, and an answer is desirable if its flag says safe. Raises
     DataError as `preference_pairs` does."""
@@ -159,12 +151,10 @@ def with_margin(
 
 
 def safe_first(frame: pd.DataFrame) -> pd.DataFrame:
-    """SafeDPO's transform T of a helpful table (2505.20065): swap answers where only the rejected
-    one is safe.
+    """SafeDPO's T of a helpful table (2505.20065): swap where only the rejected answer is safe.
 
     Rows of two unsafe answers are dropped as T says, rows that lack a flag with a warning: T does
-    not know them.
-    """
+    not know them."""
     flags = frame[["chosen_is_safe", "rejected_is_safe"]]
     known = frame[flags.notna().all(axis=1)]
     if len(known) < len(frame):
@@ -180,8 +170,7 @@ def safe_first(frame: pd.DataFrame) -> pd.DataFrame:
 def with_offset(
     pairs: Sequence[Pair], frame: pd.DataFrame, offset: float, beta: float
 ) -> list[Pair]:
-    """SafeDPO's offset Delta (2505.20065) in the reference column: log ref + Delta / beta of a safe
-    winner.
+    """SafeDPO's offset Delta (2505.20065) as a column: log ref + Delta / beta of a safe winner.
 
     Only where the loser is unsafe. `pairs` are those of `frame`, as `safe_first` leaves it; their
     logit at scale `beta` is beta Delta h - Delta."""
@@ -192,11 +181,9 @@ def with_offset(
 
 
 def rows_within_budget(frame: pd.DataFrame, training: TrainingParams, seed: int) -> pd.DataFrame:
-    """The rows that a run reaches: with `max_steps` a random draw of at most that many batches,
-    otherwise all.
+    """The rows that a run reaches: with `max_steps` a random draw of so many batches, else all.
 
-    Reference columns of rows that no step will see are not worth computing.
-    """
+    Reference columns of rows that no step will see are not worth computing."""
     rows = len(frame) if training.max_steps is None else training.max_steps * training.batch_size
     return frame if rows >= len(frame) else frame.sample(rows, random_state=seed).sort_index()
 
@@ -204,9 +191,7 @@ def rows_within_budget(frame: pd.DataFrame, training: TrainingParams, seed: int)
 def lagrangian_pairs(
     frame: pd.DataFrame, tokenizer: PreTrainedTokenizerBase, lam: float, scale: float = 1.0
 ) -> list[Pair]:
-    """Scored pairs with the joint label sigma(scale (Delta r - lambda Delta c)); reference columns
-    as scored.
-    """
+    """Scored pairs labelled sigma(scale (Delta r - lambda Delta c)); references as scored."""
     prompts, chosen, rejected = _encode(frame, tokenizer)
     reward_gap = torch.tensor((frame["reward_chosen"] - frame["reward_rejected"]).to_numpy())
     cost_gap = torch.tensor((frame["cost_chosen"] - frame["cost_rejected"]).to_numpy())
@@ -224,8 +209,7 @@ def lagrangian_pairs(
 class Samples:
     """Scored samples of a policy as arrays [prompts, samples], with the ids of prompts and answers.
 
-    `logp` is the log-probability under the policy that drew them: logp_ref itself for the pool.
-    """
+    `logp` is the log-probability under the policy that drew them: logp_ref itself for the pool."""
 
     prompts: list[list[int]]
     answers: list[list[list[int]]]
@@ -263,9 +247,8 @@ def pool_pairs(
     rng = np.random.default_rng(seed)
     tilt = samples.reward - lam * samples.cost
     anchor = tilt - value
-    ratio = np.exp(
-        anchor / beta + samples.logp_ref - samples.logp
-    )  # pi_lambda / (the policy that drew the samples)
+    # pi_lambda / (the policy that drew the samples)
+    ratio = np.exp(anchor / beta + samples.logp_ref - samples.logp)
     pairs = []
     for x, prompt in enumerate(samples.prompts):
         order = rng.permutation(tilt.shape[1])

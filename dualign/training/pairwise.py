@@ -1,5 +1,5 @@
-"""Policies on pairs: one trainer for all losses of `dualign.training.pair_losses`, which takes
-reference log-probabilities, labels and anchors from columns."""
+"""One trainer of policies for all losses of `dualign.training.pair_losses`; columns hold reference
+log-probabilities, labels and anchors."""
 
 from __future__ import annotations
 
@@ -90,9 +90,7 @@ def train_pairwise(
     pair_loss: PairLossConfig,
     job: Job,
 ) -> Metrics:
-    """Train a policy on pairs with `dualign.math.losses`; returns the loss curve and statistics of
-    the last log line.
-    """
+    """Train a policy on pairs; returns the loss curve and statistics of the last log line."""
     with attention_kept(model):
         return run(pairwise_trainer(model, tokenizer, pairs, pair_loss, job), job)
 
@@ -121,9 +119,7 @@ def pairwise_trainer(
     pair_loss: PairLossConfig,
     job: Job,
 ) -> PairwiseTrainer:
-    """The trainer of a pair loss on the pairs that fit into the job's max_length. Raises
-    DataError as they demand.
-    """
+    """The trainer of a pair loss on the pairs that fit into max_length. Raises DataError."""
     kept = fitting(pairs, job.training.max_length)
     row = PAIR_LOSSES[pair_loss.loss_type]
     weighted = "undesirable_weight" in row.options
@@ -163,8 +159,7 @@ def undesirable_weight(pairs: Sequence[Pair]) -> float:
     """Desirable answers over undesirable ones: KTO's weight of the latter, which makes the two sums
     weigh the same.
 
-    As in SACPO's safety step (2404.11049, its code). Raises DataError where one kind is missing.
-    """
+    As in SACPO's safety step (2404.11049, its code). Raises DataError where one kind is missing."""
     flags = [flag for pair in pairs for flag in pair.desirable]
     desirable = sum(flags)
     if desirable in (0, len(flags)):
@@ -208,8 +203,7 @@ class PairwiseConfig(DPOConfig):
     `beta` is the scale a of the logit.
 
     Raises ParamsError for a value that no loss here reads: an option of TRL's own losses, a term of
-    another loss.
-    """
+    another loss."""
 
     labels: str = field(
         default="soft",
@@ -250,13 +244,10 @@ class PairwiseConfig(DPOConfig):
         super().__post_init__()
         for name, default in _trl_defaults().items():
             if getattr(self, name) != default:
-                remedy = (
-                    f"leave it at {default!r}; the losses of PairwiseTrainer are chosen by"
-                    " pair_loss and labels"
-                )
                 raise ParamsError(
                     f"PairwiseConfig: {name} belongs to TRL's own losses and is not read here;"
-                    f" {remedy}"
+                    f" leave it at {default!r}; the losses of PairwiseTrainer are chosen by"
+                    " pair_loss and labels"
                 )
         for name, valid in (("pair_loss", PAIR_LOSSES), ("labels", ("soft", "bernoulli"))):
             if getattr(self, name) not in valid:
@@ -341,11 +332,9 @@ class _PairCollator(DataCollatorForPreference):
         return batch
 
     def _mismatched(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        """Prompts with their mismatched answers: ids and masks as of a batch, one row for each
-        example.
+        """Prompts with their mismatched answers: ids and masks as of a batch, a row an example.
 
-        The parent stacks first and second answers; the second half is left empty and cut off.
-        """
+        The parent stacks first and second answers; the second half is left empty and cut off."""
         rows = [
             {**example, "chosen_ids": example["mismatched_ids"], "rejected_ids": []}
             for example in examples
@@ -365,17 +354,14 @@ def _prompts_and_answers(inputs: dict[str, Any]) -> tuple[list[list[int]], list[
 
 
 def _check_columns(columns: Sequence[str], args: PairwiseConfig, table: str) -> None:
-    """Refuse a table without a column that the losses of `args` read; a stream that knows no
-    columns passes.
-    """
+    """Refuse a table without a column that `args` ask for; a stream that knows none passes."""
     needed: dict[str, str] = {}
     if args.anchor_weight > 0:
         needed |= dict.fromkeys(("anchor_chosen", "anchor_rejected"), "or set anchor_weight to 0")
     needed |= dict.fromkeys(PAIR_LOSSES[args.pair_loss].columns, "or choose another pair_loss")
+    # Computed, or taken from the label, where both are missing.
     for pair in (("ref_chosen_logps", "ref_rejected_logps"), ("weight_chosen", "weight_rejected")):
-        if any(
-            name in columns for name in pair
-        ):  # computed, or taken from the label, where both are missing
+        if any(name in columns for name in pair):
             needed |= dict.fromkeys(pair, f"or leave out both {' and '.join(pair)}")
     for name, remedy in needed.items():
         if columns and name not in columns:
@@ -462,16 +448,9 @@ class PairwiseTrainer(Shared, DPOTrainer):
         if self.args.anchor_weight > 0:
             loss = loss + self.args.anchor_weight * self._anchor(inputs, ratio_first, ratio_second)
         if self.args.nll_weight > 0:
-            given = "weight_chosen" in inputs
-            weight = (
-                (inputs["weight_chosen"], inputs["weight_rejected"])
-                if given
-                else (label, 1 - label)
-            )
-            weights = torch.cat(weight).to(logps.dtype)
-            loss = loss + self.args.nll_weight * self.part(
-                losses.weighted_nll(logps, weights), inputs
-            )
+            weight = inputs.get("weight_chosen", label), inputs.get("weight_rejected", 1 - label)
+            terms = losses.weighted_nll(logps, torch.cat(weight).to(logps.dtype))
+            loss = loss + self.args.nll_weight * self.part(terms, inputs)
         self._record(logit, label, torch.cat([ratio_first, ratio_second]), counted)
         return (loss, {}) if return_outputs else loss
 
@@ -496,9 +475,7 @@ class PairwiseTrainer(Shared, DPOTrainer):
         return asked
 
     def _bounded(self, ratio: Tensor) -> Tensor:
-        """The log-ratios whose implicit rewards a h are clipped softly; the anchor keeps the
-        log-ratios themselves.
-        """
+        """Log-ratios h whose implicit rewards a h are clipped softly; the anchor keeps its own."""
         scale = self.args.beta
         bound = self.args.reward_bound
         return ratio if bound is None else losses.soft_clip(scale * ratio, bound) / scale
@@ -507,8 +484,7 @@ class PairwiseTrainer(Shared, DPOTrainer):
         """KTO's z = max(0, KL(pi || reference)) in nats: the mean log-ratio of mismatched answers,
         over all processes.
 
-        Each part of an accumulated batch has its own z, as in TRL's KTO.
-        """
+        Each part of an accumulated batch has its own z, as in TRL's KTO."""
         with torch.no_grad():
             logps = self._policy_logps(model, inputs["mismatched"])
             ratios = self._bounded(logps - inputs["ref_mismatched_logps"])

@@ -52,8 +52,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class PolicyGradient:
-    """What the method needs besides a training run; in brackets, what Safe RLHF's `ppo-lag.sh`
-    takes.
+    """What the method needs besides a training; in brackets what Safe RLHF's `ppo-lag.sh` takes.
 
     `beta` is the KL weight in units of reward [0.01], `limit` d in units of cost [0], `samples` the
     answers drawn to each prompt [1: it has a critic], `max_new_tokens` their longest length. lambda
@@ -78,8 +77,7 @@ class PolicyGradient:
 def log_lambda_step(
     log_lambda: float, cost: float, limit: float, rate: float, low: float, high: float
 ) -> float:
-    """log lambda <- log lambda + eta lambda (C - d), then lambda clamped to [low, high] (Safe RLHF,
-    2310.12773).
+    """log lambda <- log lambda + eta lambda (C - d), lambda in [low, high] (Safe RLHF, 2310.12773).
 
     Gradient ascent of lambda (C - d) in log lambda: lambda stays positive, and grows while the mean
     cost C is above d."""
@@ -88,9 +86,7 @@ def log_lambda_step(
 
 
 def lagrangian_reward(reward: np.ndarray, cost: np.ndarray, lam: float) -> np.ndarray:
-    """(r - lambda c) / (1 + lambda), shape [answers]: Safe RLHF's Lagrangian, of one scale for
-    every lambda.
-    """
+    """(r - lambda c) / (1 + lambda), [answers]: Safe RLHF's, of one scale for every lambda."""
     return (reward - lam * cost) / (1 + lam)
 
 
@@ -116,8 +112,7 @@ def train_policy_gradient(
     options: PolicyGradient,
     job: Job,
 ) -> Metrics:
-    """Train `model` on its own answers; the reference is `model` as it is passed, also for a run
-    that goes on.
+    """Train `model` on its own answers; the reference is `model` as passed, also if a run goes on.
 
     `job.training.batch_size` counts answers per step, a multiple of `options.samples`; an epoch
     draws as many prompts as there are. Prompts that leave no room for an answer in `max_length` are
@@ -173,9 +168,8 @@ class _Ascent(TrainerCallback, ExportableState):
     def lagrangian(
         self, prompts: list[list[Message]], completion_ids: list[list[int]], **_: Any
     ) -> list[float]:
-        """TRL's reward function: one step of lambda by the answers of all processes, then (r -
-        lambda c) / (1 + lambda) of each that is this one's.
-        """
+        """TRL's reward function: a step of lambda by the answers of all processes, then (r - lambda
+        c) / (1 + lambda) of this one's."""
         asked = gather_object(prompts)
         drawn = gather_object(completion_ids)
         texts = decode_answers(self._tokenizer, drawn)
@@ -216,9 +210,7 @@ class _Ascent(TrainerCallback, ExportableState):
         return {"args": {}, "attributes": attributes}
 
     def restore(self, state: TrainerState) -> None:
-        """Go on from what a checkpoint's state holds; the state of a run that begins holds how this
-        began.
-        """
+        """Go on from a checkpoint's state; that of a run that begins holds how this began."""
         saved = state.stateful_callbacks[type(self).__name__]["attributes"]
         self._log_lambda = saved["log_lambda"]
         self.generated_tokens = saved["generated_tokens"]
@@ -232,9 +224,7 @@ class _Ascent(TrainerCallback, ExportableState):
 
 
 class PolicyGradientTrainer(Metered, Sharding, RLOOTrainer):
-    """RLOOTrainer on answers that `dualign.lm.sampling` draws, with a KL weight that follows
-    lambda.
-    """
+    """RLOOTrainer on answers of `dualign.lm.sampling`, with a KL weight that follows lambda."""
 
     def __init__(
         self,
@@ -269,8 +259,7 @@ class PolicyGradientTrainer(Metered, Sharding, RLOOTrainer):
         self, prompts: Sequence[Sequence[Message]]
     ) -> tuple[list[list[int]], None, dict[str, Any]]:
         """The ids that every other stage reads of prompts. TRL asks thinking models for thoughts,
-        and takes text that spells a control token for one.
-        """
+        and takes text that spells a control token for one."""
         return encode_prompts(self._tokenizer, prompts), None, {}
 
     def _generate_single_turn(self, prompt_ids: list[list[int]], *_: Any) -> list[list[int]]:
@@ -293,27 +282,23 @@ class PolicyGradientTrainer(Metered, Sharding, RLOOTrainer):
 
     def _calculate_rewards(self, *args: Any) -> Tensor:
         rewards = super()._calculate_rewards(*args)
-        self.beta = kl_weight(
-            self._options.beta, self._ascent.lam
-        )  # read next, for the KL term of these rewards
+        # Read next, for the KL term of these rewards.
+        self.beta = kl_weight(self._options.beta, self._ascent.lam)
         return rewards
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Tensor]:
         with quiet():  # sampling and scoring end at every step here
             output: dict[str, Tensor] = super()._generate_and_score_completions(inputs)
         seen = self._metrics["train"]
-        self._ascent.history["kl"].append(
-            seen["kl"][-1] * seen["completions/mean_length"][-1]
-        )  # TRL's is per token
+        # TRL's is per token.
+        self._ascent.history["kl"].append(seen["kl"][-1] * seen["completions/mean_length"][-1])
         if self.meter is not None:
             answers = output["completion_mask"]
             self.meter.count(torch.cat([output["prompt_mask"], answers], 1), answers)
         return output
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """As TRL's, with the last of our own history; the loss is 0 but for rounding, whatever is
-        learnt.
-        """
+        """As TRL's, with the last of our history; the loss is 0 but for rounding."""
         own = {name: values[-1] for name, values in self._ascent.history.items() if values}
         super().log(logs | own, *args, **kwargs)
 
@@ -343,9 +328,7 @@ class PolicyGradientTrainer(Metered, Sharding, RLOOTrainer):
     def _answer_logps(
         self, model: Model, ids: Tensor, mask: Tensor, length: int
     ) -> tuple[Tensor, Tensor]:
-        """log pi of the last `length` tokens, and the entropy where each was drawn; both [rows,
-        length], in nats.
-        """
+        """log pi of the last `length` tokens, and the entropy there; [rows, length] in nats."""
         # Of itself the reference has no autocast, and accelerate has none where it shards.
         half = precision_of(self._job.resources) is torch.bfloat16
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=half):
@@ -380,9 +363,7 @@ def _config(options: PolicyGradient, job: Job, steps: int) -> RLOOConfig:
 
 
 def _frozen(model: Model) -> Model:
-    """A copy of the model as it is, which no training changes; of an adapter's base there is one
-    still.
-    """
+    """A copy of the model as it is, which no training changes."""
     reference = shared(model)
     # A trainer before this one may have put its own forward on the instance; its copy would still
     # call the original's.
@@ -413,8 +394,7 @@ def _order(count: int, draws: int, seed: int) -> list[int]:
     """`draws` positions of `count` prompts, one shuffle after another.
 
     The whole run is one pass of the trainer: TRL's own sampler forgets in a resumed run which
-    shuffle it was at.
-    """
+    shuffle it was at."""
     generator = torch.Generator().manual_seed(seed)
     rounds = [torch.randperm(count, generator=generator) for _ in range(math.ceil(draws / count))]
     positions: list[int] = torch.cat(rounds)[:draws].tolist()

@@ -1,7 +1,6 @@
 """What all training runs share: the job, TRL's arguments, checkpoints, the log.
 
-All runs keep checkpoints in a scratch folder and go on from the last whole one.
-"""
+All runs keep checkpoints in a scratch folder and go on from the last whole one."""
 
 from __future__ import annotations
 
@@ -44,9 +43,8 @@ _LENGTH = "training.max_length (of the stage's own section, where it stands ther
 
 @dataclass(frozen=True)
 class Job:
-    """What every training run needs besides its model and data. `scratch` is this run's own
-    checkpoint folder, `name` what logs and trackers call it.
-    """
+    """What a training needs besides model and data. `scratch` holds its checkpoints, logs say
+    `name`."""
 
     training: TrainingParams
     resources: Resources
@@ -56,9 +54,7 @@ class Job:
 
 
 def arguments(job: Job) -> dict[str, Any]:
-    """TRL's arguments. `batch_size` counts over all processes, which share it; raises ParamsError
-    where they cannot.
-    """
+    """TRL's arguments. All processes share `batch_size`; ParamsError where they cannot."""
     training = job.training
     resources = job.resources
     micro = micro_batch(job)
@@ -128,9 +124,8 @@ def run(trainer: Any, job: Job) -> Metrics:
     saved = (
         TrainerState.load_from_json(str(checkpoint / "trainer_state.json")) if checkpoint else None
     )
-    if (
-        saved is not None and saved.global_step >= saved.max_steps
-    ):  # it had ended; train() would take one step more
+    # One that had ended would take a step more by train().
+    if saved is not None and saved.global_step >= saved.max_steps:
         trainer._load_from_checkpoint(str(checkpoint))
         trainer.state = saved
     else:
@@ -182,9 +177,7 @@ def _of_muon(trainer: Any) -> dict[str, Any]:
 
 
 def trained_once(file: Path, train: Callable[[], Metrics]) -> Metrics:
-    """The metrics in a file of a training that has ended; without one it is done, and they are
-    written there.
-    """
+    """The metrics in a training's file; without one it is done, and they are written there."""
     if not file.is_file():
         write_json(file, train())
     metrics: Metrics = read_json(file)
@@ -201,9 +194,7 @@ def _unwritten(scratch: Path, told: str) -> TrainingError:
 
 
 def without_dropout(model: Model) -> Model:
-    """The model without the dropout of its base, which pairs and scores do not want, nor its other
-    noise; an adapter's own is kept.
-    """
+    """The model without the dropout and noise of its base; an adapter's own is kept."""
     for name, module in model.named_modules():
         if "lora_" in name:
             continue
@@ -216,9 +207,7 @@ def without_dropout(model: Model) -> Model:
 
 
 def _drop_copy(model: Model) -> None:
-    """Remove TRL's frozen copy of an adapter, its reference, which would be saved in a folder `ref`
-    beside it.
-    """
+    """Remove TRL's copy of an adapter, its reference, which would be saved beside it."""
     if isinstance(model, PeftModel) and "ref" in model.peft_config:
         model.delete_adapter("ref")
 
