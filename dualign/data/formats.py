@@ -108,12 +108,12 @@ def source_names(specs: Sequence[SourceSpec]) -> list[str]:
 
 
 def _pku(row: Row, where: Where, kind: Kind, columns: Mapping[str, str]) -> Iterator[Item]:
+    _check_severity(row)
     yield from _pku_sft(row, where) if kind == "sft" else _pku_pair(row, where, kind)
 
 
 def _pku_sft(row: Row, where: Where) -> Iterator[Item]:
     """The safe answers of a row; both, one or none."""
-    _check_severity(row)
     safe = [side for side in (0, 1) if cells.bit(row, _FLAGS[side])]
     if not safe:
         yield Skipped(where, "no_safe_answer")
@@ -122,7 +122,6 @@ def _pku_sft(row: Row, where: Where) -> Iterator[Item]:
 
 
 def _pku_pair(row: Row, where: Where, kind: Kind) -> Iterator[Item]:
-    _check_severity(row)
     winner = cells.bit(row, _PKU_LABELS[kind][0])
     if winner is None:
         yield Skipped(where, "no_preference")
@@ -130,14 +129,8 @@ def _pku_pair(row: Row, where: Where, kind: Kind) -> Iterator[Item]:
     answers = [cells.text(row, f"response_{side}") for side in (0, 1)]
     flags = [cells.flag(row, name) if kind == "safety" or name in row else None for name in _FLAGS]
     loser = 1 - winner
-    yield Usable(
-        where,
-        user(cells.text(row, "prompt")),
-        answers[winner],
-        answers[loser],
-        flags[winner],
-        flags[loser],
-    )
+    prompt = user(cells.text(row, "prompt"))
+    yield Usable(where, prompt, answers[winner], answers[loser], flags[winner], flags[loser])
 
 
 def _check_severity(row: Row) -> None:

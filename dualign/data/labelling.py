@@ -123,9 +123,8 @@ def truth(frame: pd.DataFrame, column: str) -> tuple[Array, Array]:
     scored = [
         world.score(question, text) for question, text in zip(asked, frame[column], strict=True)
     ]
-    return np.array([row[0] for row in scored], dtype=float), np.array(
-        [row[1] for row in scored], dtype=float
-    )
+    reward, cost, _ = np.array(scored, float).reshape(-1, 3).T
+    return reward, cost
 
 
 def _finite(frame: pd.DataFrame, column: str) -> Array:
@@ -217,11 +216,8 @@ def _read(path: Path, asked: dict[str, Item], allowed: dict[str, Sequence[Any]])
         for field, values in allowed.items():
             label = _whole(row.get(field))
             if type(label) is not type(values[0]) or label not in values:
-                choice = (
-                    f"{min(values)} to {max(values)}"
-                    if isinstance(values, range)
-                    else " or ".join(values)
-                )
+                whole = isinstance(values, range)
+                choice = f"0 to {values[-1]}" if whole else " or ".join(values)
                 raise DataError(f"{where}: id {name!r}: {field} is {label!r}; it must be {choice}")
         labels[name] = {**row, **{field: _whole(row.get(field)) for field in allowed}}
     missing = [name for name in asked if name not in labels]

@@ -77,14 +77,8 @@ class Ledger:
             )
         if beyond > 0:
             return
-        entry = {
-            "kind": kind,
-            "reason": bad.reason,
-            "detail": bad.detail,
-            **asdict(bad.where),
-            "row": bad.row,
-        }
-        self.quarantine.append(entry)
+        why = {"kind": kind, "reason": bad.reason, "detail": bad.detail}
+        self.quarantine.append({**why, **asdict(bad.where), "row": bad.row})
 
     def of(self, kind: Kind, source: str, outcome: str) -> int:
         """How many records of a source had this outcome."""
@@ -214,11 +208,8 @@ def _examined(record: Usable, kind: Kind, params: PrepareParams) -> Usable | Rej
     if record.chosen == record.rejected:
         return _rejected(record, "identical_answers", "both answers are the same")
     if prompt > params.max_prompt_chars:
-        return _rejected(
-            record,
-            "prompt_too_long",
-            f"{prompt} characters; max_prompt_chars {params.max_prompt_chars}",
-        )
+        detail = f"{prompt} characters; max_prompt_chars {params.max_prompt_chars}"
+        return _rejected(record, "prompt_too_long", detail)
     if longest > params.max_response_chars:
         detail = f"{longest} characters; max_response_chars {params.max_response_chars}"
         return _rejected(record, "response_too_long", detail)
@@ -244,9 +235,8 @@ def _echoes(record: Usable) -> bool:
 
 
 def _rejected(record: Usable, reason: str, detail: str) -> Rejected:
-    row: dict[str, Any] = asdict(record)
-    row |= {"prompt": schema.last_user_text(record.prompt)}
-    row = {name: value for name, value in row.items() if name != "where" and value is not None}
+    row = asdict(record) | {"prompt": schema.last_user_text(record.prompt), "where": None}
+    row = {name: value for name, value in row.items() if value is not None}
     return Rejected(record.where, reason, detail, excerpt(row))
 
 
@@ -424,14 +414,9 @@ def _draw(name: str, count: int, free: dict[Kind, Asked], seed: int, remedy: str
 
 def _places(seed: int, name: str, identities: np.ndarray) -> np.ndarray:
     """Where in [0, 1) each identity stands in the draw of `name`, by its arguments alone."""
-    return np.fromiter(
-        (_place(seed, name, f"{identity:016x}") for identity in identities), float, len(identities)
-    )
-
-
-def _place(seed: int, name: str, prompt_id: str) -> float:
-    """Where in [0, 1) a prompt stands in the draw of `name`, by its arguments alone."""
-    return int.from_bytes(sha256(f"{seed}:{name}:{prompt_id}".encode()).digest()[:6]) / 2**48
+    hashes = (sha256(f"{seed}:{name}:{identity:016x}".encode()) for identity in identities)
+    places = (int.from_bytes(hashed.digest()[:6]) / 2**48 for hashed in hashes)
+    return np.fromiter(places, float, len(identities))
 
 
 def _left(rows: Settled, kind: Kind, taken: np.ndarray, ledger: Ledger) -> Settled:

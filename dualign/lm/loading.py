@@ -128,11 +128,8 @@ def load_config(
         if getattr(config, MARK, False):
             check_installed(str(path))
             return config
-        method = (
-            quantised.get("quant_method")
-            if isinstance(quantised, dict)
-            else type(quantised).__name__
-        )
+        noted = isinstance(quantised, dict)
+        method = quantised.get("quant_method") if noted else type(quantised).__name__
         raise ModelError(
             f"{path}: the weights are quantised ({method}) and cannot be trained; take the"
             " unquantised ones"
@@ -309,11 +306,9 @@ def _check_report(path: str | Path, report: dict[str, Any], fresh: Sequence[str]
             " mend either"
         )
     if missing:
-        hint = (
-            f"; it holds {_some(unused)} instead, so the weights may be another model's"
-            if unused
-            else ""
-        )
+        hint = ""
+        if unused:
+            hint = f"; it holds {_some(unused)} instead, so the weights may be another model's"
         raise ModelError(
             f"{path}: the checkpoint lacks {_some(missing)}, which would be random{hint}; take the"
             " whole checkpoint"
@@ -344,10 +339,8 @@ def _as_stored(folder: Path, model: PreTrainedModel) -> None:
     for file in listed(folder, "*.safetensors"):
         with safe_open(file, "pt") as stored:
             for name in weights.keys() & set(stored.keys()):
-                if (
-                    weights[name].dtype != torch.float32
-                    and stored.get_slice(name).get_dtype() == "F32"
-                ):
+                wide = stored.get_slice(name).get_dtype() == "F32"
+                if wide and weights[name].dtype != torch.float32:
                     weights[name].data = stored.get_tensor(name)
 
 

@@ -40,11 +40,8 @@ def components(folder: str | Path) -> tuple[tuple[float, ...], tuple[str, ...]]:
         ) from error
     weights = tuple(recipe.weights)
     names = tuple(recipe.components)
-    if (
-        len(weights) != len(names)
-        or min(weights, default=0.0) <= 0
-        or not abs(sum(weights) - 1) <= 1e-6
-    ):
+    positive = min(weights, default=0.0) > 0
+    if not positive or len(weights) != len(names) or not abs(sum(weights) - 1) <= 1e-6:
         raise ModelError(
             f"{path}: weights must be positive, sum to 1, and be one for each component"
         )

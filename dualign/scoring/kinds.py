@@ -192,11 +192,8 @@ def _load_safe_rlhf(place: Place, resources: Resources) -> Loaded:
     held = _tensors(files_of(place.path, place.revision), ("score_head.weight", *_SCALARS))
     model = _headed(backbone, held.pop("score_head.weight", None), place.path)
     scalars = {name: tensor.float().item() for name, tensor in held.items()}
-    return Loaded(
-        _ready(model, tokenizer, resources).model,
-        tokenizer,
-        _after_head(scalars, config, place.path),
-    )
+    loaded = _ready(model, tokenizer, resources)
+    return replace(loaded, steps=_after_head(scalars, config, place.path))
 
 
 def _headed(backbone: PreTrainedModel, head: Tensor | None, path: str) -> PreTrainedModel:
@@ -204,15 +201,11 @@ def _headed(backbone: PreTrainedModel, head: Tensor | None, path: str) -> PreTra
     backbone.config.num_labels = 1
     with torch.device("meta"):
         model: Any = AutoModelForSequenceClassification.from_config(backbone.config)
-    if (
-        head is None
-        or head.shape != model.score.weight.shape
-        or not bool(torch.isfinite(head).all())
-    ):
+    wanted = model.score.weight.shape
+    if head is None or head.shape != wanted or not bool(torch.isfinite(head).all()):
         shape = None if head is None else tuple(head.shape)
         raise ModelError(
-            f"{path}: score_head.weight is {shape}, not finite numbers"
-            f" {tuple(model.score.weight.shape)}"
+            f"{path}: score_head.weight is {shape}, not finite numbers {tuple(wanted)}"
         )
     setattr(model, model.base_model_prefix, backbone)
     model.score.weight = torch.nn.Parameter(head)

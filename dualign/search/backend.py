@@ -105,11 +105,10 @@ class ModelBackend:
         measured = measure(answers)
         limits = [price.constraint for price in self._tables.prices]
         additional, covariance = measure_additional(answers, limits)
+        drawn = measured.generated_tokens + fresh_tokens(folder) + drawn_tokens(folder)
         measured = replace(
             measured,
-            generated_tokens=measured.generated_tokens
-            + fresh_tokens(folder)
-            + drawn_tokens(folder),
+            generated_tokens=drawn,
             comparisons=compared_pairs(folder),
             additional=additional,
             covariance=covariance,

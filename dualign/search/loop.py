@@ -124,9 +124,10 @@ def _iterate(
         spent = _spent(search, steps, blend)
         if spent:
             return steps, spent
-        made = (
-            _blended(steps, blend, backend) if blend else _advance(search, steps, proposed, backend)
-        )
+        if blend:
+            made = _blended(steps, blend, backend)
+        else:
+            made = _advance(search, steps, proposed, backend)
         steps = record(scratch, [*steps, made])
 
 

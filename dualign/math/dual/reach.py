@@ -31,12 +31,8 @@ def out_of_reach(
     if lowest < limit:
         greedy = (reward - lambda_max * cost).argmax(1)  # what is left as beta goes to 0
         sharp = float(share @ cost[np.arange(len(cost)), greedy])
-        remedy = (
-            "raise lambda_max or lower beta"
-            if sharp < limit
-            else "raise lambda_max (a lower beta will not do)"
-        )
-        return f"{message}, or {remedy}: {least}"
+        other = " or lower beta" if sharp < limit else " (a lower beta will not do)"
+        return f"{message}, or raise lambda_max{other}: {least}"
     gain = float(share @ least_of(cost, max(samples // 2, 1))) - lowest
     doublings = (lowest - limit) / gain if gain > 0 else np.inf
     if doublings < 3:  # further off, an extrapolation means nothing
