@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from graphlib import CycleError, TopologicalSorter
-from pathlib import Path
 from typing import Any, TypeVar
 
 from dualign.core.errors import ParamsError
@@ -34,7 +33,7 @@ def params_of(cls: type[P], stages: dict[str, StageParams]) -> P:
     return found
 
 
-def check_across(content: dict[str, Any], stages: dict[str, StageParams], path: str | Path) -> None:
+def check_across(content: dict[str, Any], stages: dict[str, StageParams]) -> None:
     """Raise ParamsError unless each run names models of stages that go together."""
     reward = params_of(RewardDpoParams, stages)
     lambda_path = params_of(LambdaPathParams, stages)
@@ -42,49 +41,45 @@ def check_across(content: dict[str, Any], stages: dict[str, StageParams], path: 
     certify = params_of(CertifyParams, stages)
     evaluate = params_of(EvaluateParams, stages)
     safe = _on_safety(params_of(SafetyDpoParams, stages), params_of(SafetyPathParams, stages))
-    _check_references(reward, safe, path)
-    _check_scores(reward, safe, params_of(LagrangianDpoParams, stages), path)
-    _check_path(lambda_path, path)
-    _check_search(content["dual_search"], search, path)
+    _check_references(reward, safe)
+    _check_scores(reward, safe, params_of(LagrangianDpoParams, stages))
+    _check_path(lambda_path)
+    _check_search(content["dual_search"], search)
     written = {"sft", *(f"{stage}/{name}" for stage in _TRAINED for name in content[stage]["runs"])}
     for name, row in search.methods.items():
-        _check_written(
-            {"start": row.start, "reference": row.reference}, written, f"methods.{name}", path
-        )
-        _check_reference(name, row, safe, path)
-        _check_partner(name, row, reward, path)
-        _check_ends(name, row, lambda_path, path)
+        used = {"start": row.start, "reference": row.reference}
+        _check_written(used, written, f"methods.{name}")
+        _check_reference(name, row, safe)
+        _check_partner(name, row, reward)
+        _check_ends(name, row, lambda_path)
     written |= {f"aligned/{name}" for name in search.methods}
     for name, run in certify.runs.items():
         named = {"policy": run.policy, "partner": run.partner, "fallback": run.fallback}
-        _check_written(named, written, f"certify.runs.{name}", path)
+        _check_written(named, written, f"certify.runs.{name}")
     written |= {f"certified/{name}" for name in certify.runs}
-    _check_written(evaluate.policies, written, "evaluate.policies", path)
+    _check_written(evaluate.policies, written, "evaluate.policies")
     if "sft" not in evaluate.policies:
-        raise ParamsError(
-            f"{path}: evaluate.policies.sft is missing; win rates are measured against it"
-        )
+        raise ParamsError("evaluate.policies.sft is missing; win rates are measured against it")
     if content["judges"] and not content["suites"]:
         raise ParamsError(
-            f"{path}: judges judge answers to suites, and suites is empty; name a suite, or set"
-            " judges to {}"
+            "judges judge answers to suites, and suites is empty; name a suite, or set judges to {}"
         )
-    _check_judged(params_of(JudgeParams, stages), set(content["suites"]), path)
-    _check_quantised(stages, path)
+    _check_judged(params_of(JudgeParams, stages), set(content["suites"]))
+    _check_quantised(stages)
 
 
-def _check_quantised(stages: dict[str, StageParams], path: str | Path) -> None:
+def _check_quantised(stages: dict[str, StageParams]) -> None:
     """There is one base, in 4 bits or not, and adapters alone are trained on one in 4 bits."""
     loras = {name: stage.lora for name, stage in stages.items() if hasattr(stage, "lora")}
     wanted = loras["sft"].quantise
     for name, lora in loras.items():
         if lora.quantise != wanted:
             raise ParamsError(
-                f"{path}: {name}.lora.quantise: all stages share one base; set lora.quantise alone"
+                f"{name}.lora.quantise: all stages share one base; set lora.quantise alone"
             )
         if wanted and lora.rank == 0 and _on_base(name, stages[name]):
             raise ParamsError(
-                f"{path}: {name}.lora.rank: 0 trains all weights, and those of a base in 4 bits"
+                f"{name}.lora.rank: 0 trains all weights, and those of a base in 4 bits"
                 " cannot be trained; give a rank, or set lora.quantise to null"
             )
 
@@ -108,14 +103,12 @@ def lengths_on_base(stages: dict[str, StageParams]) -> dict[str, int]:
     }
 
 
-def _check_judged(judge: JudgeParams, suites: set[str], path: str | Path) -> None:
+def _check_judged(judge: JudgeParams, suites: set[str]) -> None:
     """The suites that a judge names are there."""
     for name, spec in judge.judges.items():
         for suite in spec.suites or ():
             if suite not in suites:
-                raise ParamsError(
-                    f"{path}: judges.{name}.suites: {suite!r} is not one of {sorted(suites)}"
-                )
+                raise ParamsError(f"judges.{name}.suites: {suite!r} is not one of {sorted(suites)}")
 
 
 #: How many prompts are used, and how many `prepare` draws for it.
@@ -127,7 +120,7 @@ _DRAWN = {
 }
 
 
-def check_prompts(stages: dict[str, StageParams], path: str | Path, only: str = "") -> None:
+def check_prompts(stages: dict[str, StageParams], only: str = "") -> None:
     """No estimate asks for more prompts than are drawn for it, to be made on fewer.
 
     `only` leaves out the estimates of other stages than this one, which do without them. Raises
@@ -147,7 +140,7 @@ def check_prompts(stages: dict[str, StageParams], path: str | Path, only: str = 
         user = key.partition(".")[0].replace("methods", "dual_search")
         if count > there and only in ("", user):
             what = f"{key} {count} is more than the {there} that {drawn} draws"
-            raise ParamsError(f"{path}: {what}; ask for fewer, or draw more")
+            raise ParamsError(f"{what}; ask for fewer, or draw more")
 
 
 def _number(stages: dict[str, StageParams], key: str) -> int:
@@ -165,36 +158,34 @@ def _on_safety(safety: SafetyDpoParams, safety_path: SafetyPathParams) -> dict[s
     return runs | {f"safety_path/{name}": run for name, run in safety_path.runs.items()}
 
 
-def _check_written(named: dict[str, str], written: set[str], where: str, path: str | Path) -> None:
+def _check_written(named: dict[str, str], written: set[str], where: str) -> None:
     """Every folder that is named, by key, is one that some stage writes under models/."""
     for key, folder in named.items():
         if folder not in written:
             raise ParamsError(
-                f"{path}: {where}.{key}: no stage writes models/{folder}; one of {sorted(written)}"
+                f"{where}.{key}: no stage writes models/{folder}; one of {sorted(written)}"
             )
 
 
-def _check_search(section: dict[str, Any], search: DualSearchParams, path: str | Path) -> None:
+def _check_search(section: dict[str, Any], search: DualSearchParams) -> None:
     """The interval of multipliers is one, and what belongs to a row stands there."""
     if search.lambda_min >= search.lambda_max:
-        raise ParamsError(f"{path}: dual_search.lambda_min must be below dual_search.lambda_max")
+        raise ParamsError("dual_search.lambda_min must be below dual_search.lambda_max")
     for key in ROW_SECTIONS:
         if key in section:
             raise ParamsError(
-                f"{path}: dual_search.{key} belongs in the row that needs it: methods.NAME.{key}"
+                f"dual_search.{key} belongs in the row that needs it: methods.NAME.{key}"
             )
     for name, row in search.methods.items():
         ascent = row.policy_gradient
         if ascent and not search.lambda_min <= ascent.lambda_init <= search.lambda_max:
             raise ParamsError(
-                f"{path}: methods.{name}.policy_gradient.lambda_init must lie between"
+                f"methods.{name}.policy_gradient.lambda_init must lie between"
                 " dual_search.lambda_min and lambda_max"
             )
 
 
-def _check_references(
-    reward: RewardDpoParams, safe: dict[str, SafetySpec], path: str | Path
-) -> None:
+def _check_references(reward: RewardDpoParams, safe: dict[str, SafetySpec]) -> None:
     """References and margins of runs on preferences name the other kind's models, in no circle.
 
     A margin is the cost that MODPO's logit asks for only if its policy is that of plain
@@ -218,21 +209,21 @@ def _check_references(
         if folder not in valid:
             why = " (none, or a policy of plain safety DPO from sft)" if key == "margin" else ""
             raise ParamsError(
-                f"{path}: {stage}.runs.{name}.{key}: {folder!r} is not one of {sorted(valid)}{why}"
+                f"{stage}.runs.{name}.{key}: {folder!r} is not one of {sorted(valid)}{why}"
             )
     needs: dict[str, set[str]] = {}
     for (own, _), (folder, _) in named.items():
         needs.setdefault(own, set()).add(folder)
-    _check_circles(needs, "set one reference to sft", path)
+    _check_circles(needs, "set one reference to sft")
 
 
-def _check_circles(needs: dict[str, set[str]], remedy: str, path: str | Path) -> None:
+def _check_circles(needs: dict[str, set[str]], remedy: str) -> None:
     """No run needs another that needs it in turn."""
     try:
         TopologicalSorter(needs).prepare()
     except CycleError as error:
         circle = " <- ".join(error.args[1])
-        raise ParamsError(f"{path}: runs wait for each other: {circle}; {remedy}") from None
+        raise ParamsError(f"runs wait for each other: {circle}; {remedy}") from None
 
 
 def _cost_policies(safe: dict[str, SafetySpec]) -> set[str]:
@@ -258,7 +249,6 @@ def _check_scores(
     reward: RewardDpoParams,
     safe: dict[str, SafetySpec],
     lagrangian: LagrangianDpoParams,
-    path: str | Path,
 ) -> None:
     """A score is a scorer's, or the log-ratio of a plain DPO that started at the reference."""
     valid = {
@@ -269,15 +259,13 @@ def _check_scores(
         for key, names in valid.items():
             if getattr(run, key) not in names:
                 raise ParamsError(
-                    f"{path}: lagrangian_dpo.runs.{name}.{key}: {getattr(run, key)!r} gives no"
+                    f"lagrangian_dpo.runs.{name}.{key}: {getattr(run, key)!r} gives no"
                     f" {key} relative to sft (a scorer does, or a policy trained from it by plain"
                     f" DPO); one of {sorted(names)}"
                 )
 
 
-def _check_reference(
-    name: str, row: MethodRow, safe: dict[str, SafetySpec], path: str | Path
-) -> None:
+def _check_reference(name: str, row: MethodRow, safe: dict[str, SafetySpec]) -> None:
     """A search keeps its start's reference; naive merges and ours have a partner instead."""
     trained = "sft" if row.start.startswith("lagrangian_dpo/") else None
     if row.start in safe:
@@ -285,36 +273,35 @@ def _check_reference(
     partner = trained == "sft" and (row.method == "p_sacpo" or row.rule == "merge")
     if trained is not None and row.reference != trained and not partner:
         raise ParamsError(
-            f"{path}: methods.{name}.reference is {row.reference!r}, but {row.start} was trained"
+            f"methods.{name}.reference is {row.reference!r}, but {row.start} was trained"
             f" against {trained!r}; name that, or another start"
         )
 
 
-def _check_partner(name: str, row: MethodRow, reward: RewardDpoParams, path: str | Path) -> None:
+def _check_partner(name: str, row: MethodRow, reward: RewardDpoParams) -> None:
     """What a Lagrangian policy is merged with stands for multiplier 0: plain DPO on helpfulness."""
     valid = _reward_policies(reward)
     merged = row.start.startswith("lagrangian_dpo/") and row.rule == "merge"
     if merged and row.reference.startswith("reward_dpo/") and row.reference not in valid:
         raise ParamsError(
-            f"{path}: methods.{name}.reference: {row.reference!r} is no plain DPO from sft, so it"
+            f"methods.{name}.reference: {row.reference!r} is no plain DPO from sft, so it"
             f" stands for no multiplier that a merge could go to; one of {valid}"
         )
 
 
-def _check_path(given: LambdaPathParams, path: str | Path) -> None:
+def _check_path(given: LambdaPathParams) -> None:
     """Runs of the path begin at `sft` or at another run, and no two wait for each other."""
     valid = {"sft", *(f"lambda_path/{name}" for name in given.runs)}
     for name, run in given.runs.items():
         if run.begin not in valid:
             raise ParamsError(
-                f"{path}: lambda_path.runs.{name}.begin: {run.begin!r} is not one of"
-                f" {sorted(valid)}"
+                f"lambda_path.runs.{name}.begin: {run.begin!r} is not one of {sorted(valid)}"
             )
     needs = {f"lambda_path/{name}": {run.begin} for name, run in given.runs.items()}
-    _check_circles(needs, "let one begin at sft", path)
+    _check_circles(needs, "let one begin at sft")
 
 
-def _check_ends(name: str, row: MethodRow, given: LambdaPathParams, path: str | Path) -> None:
+def _check_ends(name: str, row: MethodRow, given: LambdaPathParams) -> None:
     """A search on the path merges two of its policies, the stricter one as its start."""
     ends = [
         folder.partition("/")[2]
@@ -325,6 +312,6 @@ def _check_ends(name: str, row: MethodRow, given: LambdaPathParams, path: str | 
         return
     if len(ends) == 1 or given.runs[ends[0]].lam <= given.runs[ends[1]].lam:
         raise ParamsError(
-            f"{path}: methods.{name}: start and reference must both be runs of lambda_path, and the"
+            f"methods.{name}: start and reference must both be runs of lambda_path, and the"
             f" start's lam must be the larger one; got {row.start} and {row.reference}"
         )

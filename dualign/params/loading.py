@@ -6,9 +6,10 @@ python -m dualign.params.loading params.yaml < params.yaml
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin
@@ -26,6 +27,7 @@ from dualign.params.stages import STAGES
 PROG = "python -m dualign.params.loading"
 #: How pydantic begins to say what a value should be.
 _ASKS = "Input should be "
+_MISSING = "is missing; add it (params.yaml in the repository shows every key)"
 #: Sections at the top that a stage's own section of the same name adds to: it says what differs.
 BLOCKS: dict[str, type[BaseModel]] = {"training": TrainingParams, "lora": LoraParams}
 _TOP_LEVEL = {
@@ -67,7 +69,9 @@ def load(cls: type[P], path: str | Path = "params.yaml") -> P:
 
 def load_all(path: str | Path = "params.yaml") -> dict[str, StageParams]:
     """As `load`, the params of every stage by its section."""
-    return _sections(read_yaml(path), path)
+    content = read_yaml(path)
+    with _named(path):
+        return _sections(content, path)
 
 
 def for_run(cls: type[P], path: str | Path = "params.yaml") -> tuple[P, Resources]:
@@ -76,57 +80,65 @@ def for_run(cls: type[P], path: str | Path = "params.yaml") -> tuple[P, Resource
     Raises ParamsError, also where the stage's own estimates ask for more prompts than are drawn for
     them."""
     content = read_yaml(path)
-    stages = _sections(content, path)
-    check_prompts(stages, path, cls.section)
-    return params_of(cls, stages), _resources(content, path)
+    with _named(path):
+        stages = _sections(content, path)
+        check_prompts(stages, cls.section)
+        return params_of(cls, stages), _resources(content)
 
 
 def section(cls: type[P], path: str | Path) -> P:
     """A stage's params by themselves: what the rest of the file holds does not matter."""
     content = read_yaml(path)
-    return _build(cls, _with_shared(cls, content, path), cls.section, path)
+    with _named(path):
+        return _build(cls, _with_shared(cls, content), cls.section)
 
 
 def load_resources(path: str | Path = "params.yaml") -> Resources:
     """The `resources` section."""
-    return _resources(read_yaml(path), path)
-
-
-def _resources(content: dict[str, Any], path: str | Path) -> Resources:
-    return _build(Resources, content.get("resources"), "resources", path)
+    content = read_yaml(path)
+    with _named(path):
+        return _resources(content)
 
 
 def check(content: dict[str, Any], path: str | Path) -> dict[str, StageParams]:
     """Validate every section of a params file; return the params of each stage by name."""
-    stages = _sections(content, path)
-    check_prompts(stages, path)
-    return stages
+    with _named(path):
+        stages = _sections(content, path)
+        check_prompts(stages)
+        return stages
+
+
+@contextlib.contextmanager
+def _named(path: str | Path) -> Iterator[None]:
+    """Around what checks the content of a file: errors begin with its name."""
+    try:
+        yield
+    except ParamsError as error:
+        raise ParamsError(f"{path}: {error}") from None
+
+
+def _resources(content: dict[str, Any]) -> Resources:
+    return _build(Resources, content.get("resources"), "resources")
 
 
 def _sections(content: dict[str, Any], path: str | Path) -> dict[str, StageParams]:
     if "extends" in content:
         raise ParamsError(
-            f"{path}: says only what differs from another file; `make repro PARAMS={path}` writes"
-            " it out"
+            f"says only what differs from another file; `make repro PARAMS={path}` writes it out"
         )
     if old := renamed_keys(content):
-        raise ParamsError(f"{path}: is of an earlier dualign: {', '.join(old)}; rename them")
-    _refuse_unknown(content, _TOP_LEVEL, "", path)
+        raise ParamsError(f"is of an earlier dualign: {', '.join(old)}; rename them")
+    _refuse_unknown(content, _TOP_LEVEL, "")
     for key in sorted(_TOP_LEVEL - content.keys()):
-        raise ParamsError(
-            f"{path}: {key} is missing; add it (params.yaml in the repository shows every key)"
-        )
+        raise ParamsError(f"{key} {_MISSING}")
     for section in ("constraint", "generation"):
         if isinstance(content[section], dict):
-            _refuse_unknown(content[section], _shared_keys(section), f"{section}.", path)
+            _refuse_unknown(content[section], _shared_keys(section), f"{section}.")
     for name, block in BLOCKS.items():
-        _build(block, content[name], name, path)
-    _resources(content, path)
-    stages = {
-        name: _build(cls, _with_shared(cls, content, path), name, path)
-        for name, cls in STAGES.items()
-    }
-    check_across(content, stages, path)
+        _build(block, content[name], name)
+    _resources(content)
+    stages = {name: _build(cls, _with_shared(cls, content), name) for name, cls in STAGES.items()}
+    check_across(content, stages)
     return stages
 
 
@@ -136,54 +148,45 @@ def _shared_keys(section: str) -> set[str]:
     return {key.partition(".")[2] for key in declared if key.startswith(f"{section}.")}
 
 
-def _with_shared(
-    cls: type[StageParams], content: dict[str, Any], path: str | Path
-) -> dict[str, Any]:
+def _with_shared(cls: type[StageParams], content: dict[str, Any]) -> dict[str, Any]:
     section = content[cls.section]
     if not isinstance(section, dict):
-        raise ParamsError(f"{path}: {cls.section} must hold keys and values")
+        raise ParamsError(f"{cls.section} must hold keys and values")
     for field in cls.shared:
         if field in section:
             raise ParamsError(
-                f"{path}: {cls.section}.{field} belongs at {cls.shared[field]}; move it there"
+                f"{cls.section}.{field} belongs at {cls.shared[field]}; move it there"
             )
-    _refuse_unknown(section, set(cls.model_fields), f"{cls.section}.", path)
+    _refuse_unknown(section, set(cls.model_fields), f"{cls.section}.")
     blocks = {
-        name: _block(content, section, f"{cls.section}.{name}", path)
+        name: _block(content, section, f"{cls.section}.{name}")
         for name in BLOCKS
         if name in cls.model_fields
     }
     return {
         **section,
         **blocks,
-        **{field: _dig(content, key, path) for field, key in cls.shared.items()},
+        **{field: _dig(content, key) for field, key in cls.shared.items()},
     }
 
 
-def _block(
-    content: dict[str, Any], section: dict[str, Any], where: str, path: str | Path
-) -> dict[str, Any]:
+def _block(content: dict[str, Any], section: dict[str, Any], where: str) -> dict[str, Any]:
     """A stage's `training` or `lora`: that at the top of the file, and what differs from it."""
     name = where.rpartition(".")[2]
     if name not in section:
-        raise ParamsError(
-            f"{path}: {where} is missing; write what differs from {name} at the top, or {{}}"
-        )
+        raise ParamsError(f"{where} is missing; write what differs from {name} at the top, or {{}}")
     if not isinstance(section[name], dict):
         raise ParamsError(
-            f"{path}: {where} must hold the keys that differ from {name} at the top; {{}} for none"
+            f"{where} must hold the keys that differ from {name} at the top; {{}} for none"
         )
     return {**content[name], **section[name]}
 
 
-def _dig(content: dict[str, Any], dotted: str, path: str | Path) -> Any:
+def _dig(content: dict[str, Any], dotted: str) -> Any:
     value: Any = content
     for key in dotted.split("."):
         if not isinstance(value, dict) or key not in value:
-            raise ParamsError(
-                f"{path}: {dotted} is missing; add it (params.yaml in the repository shows every"
-                " key)"
-            )
+            raise ParamsError(f"{dotted} {_MISSING}")
         value = value[key]
     return value
 
@@ -191,14 +194,14 @@ def _dig(content: dict[str, Any], dotted: str, path: str | Path) -> Any:
 M = TypeVar("M", bound=BaseModel)
 
 
-def _build(cls: type[M], values: Any, where: str, path: str | Path) -> M:
+def _build(cls: type[M], values: Any, where: str) -> M:
     try:
         return cls.model_validate(values)
     except ValidationError as error:
-        raise ParamsError(_explain(error, cls, where, path)) from None
+        raise ParamsError(_explain(error, cls, where)) from None
 
 
-def _explain(error: ValidationError, cls: type[BaseModel], where: str, path: str | Path) -> str:
+def _explain(error: ValidationError, cls: type[BaseModel], where: str) -> str:
     """The first problem of a validation error in a line: file, key, fault, nearest valid key.
 
     An unknown key comes before a missing one, since a typo makes both.
@@ -213,17 +216,17 @@ def _explain(error: ValidationError, cls: type[BaseModel], where: str, path: str
         map(shown, [shared[loc[0]], *loc[1:]] if loc and loc[0] in shared else [where, *loc])
     )
     if first["type"] == "extra_forbidden":
-        return f"{path}: {key} is not a known key{_nearest(loc[-1], fields)}"
+        return f"{key} is not a known key{_nearest(loc[-1], fields)}"
     if first["type"].startswith("union_tag"):
         key += ".kind"
     if first["type"] == "union_tag_invalid":
         tags = first["ctx"]
-        return f"{path}: {key}: input should be one of {tags['expected_tags']}, got {tags['tag']!r}"
+        return f"{key}: input should be one of {tags['expected_tags']}, got {tags['tag']!r}"
     if first["type"] in ("missing", "union_tag_not_found"):
-        return f"{path}: {key} is missing; add it (params.yaml in the repository shows every key)"
+        return f"{key} {_MISSING}"
     given = "" if isinstance(first["input"], dict | list) else f", got {cut(repr(first['input']))}"
     same = [problem for problem in problems if _place(problem, cls)[0] == loc]
-    return f"{path}: {key}: {_faults(same)}{given}"
+    return f"{key}: {_faults(same)}{given}"
 
 
 def _place(problem: Mapping[str, Any], cls: type[BaseModel]) -> tuple[list[str], list[str]]:
@@ -292,11 +295,11 @@ def _nearest(key: str, valid: list[str] | set[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else f"; valid keys: {', '.join(sorted(valid))}"
 
 
-def _refuse_unknown(content: dict[str, Any], valid: set[str], where: str, path: str | Path) -> None:
+def _refuse_unknown(content: dict[str, Any], valid: set[str], where: str) -> None:
     for key in content:
         if key not in valid:
             raise ParamsError(
-                f"{path}: {where}{shown(str(key))} is not a known key{_nearest(str(key), valid)}"
+                f"{where}{shown(str(key))} is not a known key{_nearest(str(key), valid)}"
             )
 
 
