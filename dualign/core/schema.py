@@ -216,20 +216,15 @@ def pair_id(prompt: Sequence[Message], chosen: str, rejected: str) -> str:
 def to_table(rows: pd.DataFrame | list[dict[str, Any]], schema: pa.Schema) -> pa.Table:
     """Rows as an Arrow table of exactly `schema`: others are dropped, missing ones null."""
     frame = rows if isinstance(rows, pd.DataFrame) else pd.DataFrame(rows)
-    columns = {
-        name: frame[name].tolist() if name in frame.columns else [None] * len(frame)
-        for name in schema.names
-    }
-    clean = {name: _without_nan(values) for name, values in columns.items()}
-    return pa.table({f.name: pa.array(clean[f.name], type=f.type) for f in schema}, schema=schema)
-
-
-def _without_nan(values: list[Any]) -> list[Any]:
-    return [None if _is_nan(value) else value for value in values]
-
-
-def _is_nan(value: Any) -> bool:
-    return value is None or value is pd.NA or (isinstance(value, float) and value != value)
+    columns = [
+        pa.array(
+            frame[field.name].tolist() if field.name in frame.columns else [None] * len(frame),
+            type=field.type,
+            from_pandas=True,  # a NaN is a missing value
+        )
+        for field in schema
+    ]
+    return pa.table(columns, schema=schema)
 
 
 def read_table(path: str | Path, schema: pa.Schema) -> pd.DataFrame:
