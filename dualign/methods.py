@@ -32,21 +32,18 @@ from dualign.params.search import CostSource, MethodName, MethodRow, Returns, Ru
 #: asks for.
 ITERATIVE = ("dual_gradient", "projected_subgradient", "newton")
 #: Rules that each inner loss can follow: the safety loss divides by lambda, so its multipliers must
-#: stay off zero; a
-#: policy gradient moves lambda itself.
+#: stay off zero; a policy gradient moves lambda itself.
 _RULES = {
     "safety": ("grid", "one_shot", "projected_subgradient"),
     "lagrangian": ("grid", "one_shot", *ITERATIVE),
     "policy_gradient": ("ascent",),
 }
 #: Methods with rules of their own: a merge trains nothing, and a round of comparisons is PD-DPO's.
+#: Ours merges two policies of lambda_path, or its start and pi_r.
 _ONLY = {
     "p_sacpo": ("merge",),
     "o_pd_dpo": ("projected_subgradient",),
-    "dualign": (
-        *_RULES["lagrangian"],
-        "merge",
-    ),  # of two policies of lambda_path, or of its start and pi_r
+    "dualign": (*_RULES["lagrangian"], "merge"),
 }
 #: Where the policy at the first multiplier may lie.
 _STARTS = {
@@ -73,55 +70,27 @@ class Method:
 
 
 _SACPO = "2404.11049"
+_C_DPO = "2403.02475"
 _PD_DPO = "2510.05703"
 _CAN = "2405.19544"
-METHODS: dict[str, Method] = {
-    method.name: method
-    for method in (
-        Method("sacpo", "SACPO", _SACPO, "safety", "grid", "safety_pairs", "best"),
-        Method("p_sacpo", "P-SACPO", _SACPO, "safety", "merge", "safety_pairs", "best"),
-        Method(
-            "c_dpo", "C-DPO", "2403.02475", "lagrangian", "dual_gradient", "scored_pairs", "best"
-        ),
-        Method(
-            "pd_dpo", "PD-DPO", _PD_DPO, "safety", "projected_subgradient", "safety_pairs", "last"
-        ),
-        Method(
-            "o_pd_dpo",
-            "O-PD-DPO",
-            _PD_DPO,
-            "safety",
-            "projected_subgradient",
-            "fresh_pairs",
-            "last",
-        ),
-        Method("mocan", "MoCAN", _CAN, "lagrangian", "one_shot", "scored_pairs", "last"),
-        Method("pecan", "PeCAN", _CAN, "lagrangian", "one_shot", "scored_pairs", "last"),
-        Method(
-            "caid",
-            "CAID",
-            "2505.19387",
-            "lagrangian",
-            "dual_gradient",
-            "scored_pairs",
-            "last",
-            warm=True,
-        ),
-        Method(
-            "safe_rlhf", "Safe RLHF", "2310.12773", "policy_gradient", "ascent", "prompts", "last"
-        ),
-        Method(
-            "dualign",
-            "dualign (ours)",
-            "docs/methods.md",
-            "lagrangian",
-            "newton",
-            "pool",
-            "best",
-            warm=True,
-        ),
-    )
-}
+_CAID = "2505.19387"
+_RLHF = "2310.12773"
+_OURS = "docs/methods.md"
+_TABLE = (
+    Method("sacpo", "SACPO", _SACPO, "safety", "grid", "safety_pairs", "best"),
+    Method("p_sacpo", "P-SACPO", _SACPO, "safety", "merge", "safety_pairs", "best"),
+    Method("c_dpo", "C-DPO", _C_DPO, "lagrangian", "dual_gradient", "scored_pairs", "best"),
+    Method("pd_dpo", "PD-DPO", _PD_DPO, "safety", "projected_subgradient", "safety_pairs", "last"),
+    Method(
+        "o_pd_dpo", "O-PD-DPO", _PD_DPO, "safety", "projected_subgradient", "fresh_pairs", "last"
+    ),
+    Method("mocan", "MoCAN", _CAN, "lagrangian", "one_shot", "scored_pairs", "last"),
+    Method("pecan", "PeCAN", _CAN, "lagrangian", "one_shot", "scored_pairs", "last"),
+    Method("caid", "CAID", _CAID, "lagrangian", "dual_gradient", "scored_pairs", "last", warm=True),
+    Method("safe_rlhf", "Safe RLHF", _RLHF, "policy_gradient", "ascent", "prompts", "last"),
+    Method("dualign", "dualign (ours)", _OURS, "lagrangian", "newton", "pool", "best", warm=True),
+)
+METHODS: dict[str, Method] = {method.name: method for method in _TABLE}
 
 
 @dataclass(frozen=True)
@@ -136,11 +105,8 @@ class Plan:
     @property
     def title(self) -> str:
         """The method's title, with the row's name where that is not the method's own."""
-        return (
-            self.method.title
-            if self.name == self.method.name
-            else f"{self.method.title} ({self.name})"
-        )
+        title = self.method.title
+        return title if self.name == self.method.name else f"{title} ({self.name})"
 
 
 def plan(name: str, row: MethodRow) -> Plan:
@@ -159,9 +125,8 @@ def _problems(method: Method, row: MethodRow) -> list[str]:
     rules = _ONLY.get(method.name, _RULES[method.inner])
     starts = list(_STARTS[method.inner])
     if method.inner == "safety" and method.rule == "one_shot":
-        starts.append(
-            "reward_dpo/..."
-        )  # safety first, then helpfulness: no other multiplier can be trained from there
+        # Safety first, then helpfulness: no other multiplier can be trained from there.
+        starts.append("reward_dpo/...")
     if method.inner == "lagrangian" and method.rule == "merge":
         starts = ["lambda_path/...", "lagrangian_dpo/..."]
     iterates = method.rule in ITERATIVE
@@ -177,24 +142,18 @@ def _problems(method: Method, row: MethodRow) -> list[str]:
         "reference": _reference(method, row),
         "returns": (
             iterates or method.returns in ("last", "best"),
-            (
-                f"{method.returns!r} needs a rule that trains again and again, not {method.rule!r};"
-                " last or best"
-            ),
+            f"{method.returns!r} needs a rule that trains again and again, not {method.rule!r};"
+            " last or best",
         ),
         "warm": (
             not row.warm or iterates or method.rule == "grid",
-            (
-                f"rule {method.rule!r} trains nothing that could go on from the policy before;"
-                " leave it out"
-            ),
+            f"rule {method.rule!r} trains nothing that could go on from the policy before;"
+            " leave it out",
         ),
         "cost": (
             method.cost == "model" or method.rule not in ("one_shot", "ascent"),
-            (
-                f"rule {method.rule!r} does not go by this cost, so labels would be spent on"
-                " nothing; leave it out"
-            ),
+            f"rule {method.rule!r} does not go by this cost, so labels would be spent on"
+            " nothing; leave it out",
         ),
         "target": (
             method.target == "limit" or method.rule not in ("one_shot", "ascent"),
