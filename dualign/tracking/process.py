@@ -34,40 +34,33 @@ class Line:
         self._tell = tell
         self._tracker: Tracker | None = None
         self._thread = ThreadPoolExecutor(1)
-        self._call(self._import)
+        self._call(importlib.import_module, name)  # while the stage does something else
 
     def begin(self, run: TrackedRun) -> None:
         """What is reported from now on is of this run."""
-        self._call(lambda: self._begin(run))
+        self._call(self._begin, run)
 
     def report(self, message: dict[str, Any]) -> None:
         """Numbers, once those before are done."""
-        self._call(lambda: self._log(message))
+        self._call(self._told, lambda tracker: tracker.log(**message))
 
     def end(self, status: int) -> Future[None]:
         """Close the run, once all is done."""
-        return self._call(lambda: self._end(status))
-
-    def _import(self) -> None:
-        importlib.import_module(self._name)  # while the stage does something else
+        return self._call(self._told, lambda tracker: tracker.end(status))
 
     def _begin(self, run: TrackedRun) -> None:
         self._tracker = ADAPTERS[self._name](run)
 
-    def _log(self, message: dict[str, Any]) -> None:
+    def _told(self, call: Callable[[Tracker], None]) -> None:
         if self._tracker is not None:
-            self._tracker.log(message["group"], message["values"], message["step"])
+            call(self._tracker)
 
-    def _end(self, status: int) -> None:
-        if self._tracker is not None:
-            self._tracker.end(status)
+    def _call(self, call: Callable[..., object], *arguments: object) -> Future[None]:
+        return self._thread.submit(self._guarded, call, *arguments)
 
-    def _call(self, call: Callable[[], None]) -> Future[None]:
-        return self._thread.submit(self._guarded, call)
-
-    def _guarded(self, call: Callable[[], None]) -> None:
+    def _guarded(self, call: Callable[..., object], *arguments: object) -> None:
         try:
-            call()
+            call(*arguments)
         except Exception as error:  # of a tool that is not ours, and must stop nothing
             self._tracker = None
             self._tell(f"{self._name} is told no more of this run: {first_line(error)}")
