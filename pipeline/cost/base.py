@@ -114,7 +114,7 @@ def decoder(name: str, config: Mapping[str, Any]) -> Base:
     heads = _number(config, "heads")
     size = config.get("head_dim") or hidden // heads
     kv = (config.get("num_key_value_heads") or heads) * size
-    inner = _number(config, "intermediate_size") if _has(config) else 4 * hidden
+    inner = _number(config, "intermediate_size", 4 * hidden)
     gate = () if config.get("model_type") in _UNGATED else (("gate_proj", hidden, inner),)
     linears = (
         ("q_proj", hidden, heads * size),
@@ -157,13 +157,9 @@ def _llama(name: str, size: int) -> Base:
     return decoder(name, config)
 
 
-def _has(config: Mapping[str, Any]) -> bool:
-    return any(config.get(name) for name in _NAMES["intermediate_size"])
-
-
-def _number(config: Mapping[str, Any], what: str) -> int:
-    """A number by any of its names. Raises KeyError with the first."""
-    found = next((config[name] for name in _NAMES[what] if config.get(name)), None)
+def _number(config: Mapping[str, Any], what: str, usual: int | None = None) -> int:
+    """A number by any of its names, else the usual one. Raises KeyError with the first name."""
+    found = next((config[name] for name in _NAMES[what] if config.get(name)), usual)
     if found is None:
         raise KeyError(_NAMES[what][0])
     return int(found)

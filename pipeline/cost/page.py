@@ -65,14 +65,11 @@ def rows(found: Reckoning, statuses: Mapping[str, StageStatus]) -> list[tuple[st
         told = "at most" if found.works[name].at_most else ""
         table.append(_row(name, statuses[name].prospect, row, told))
     table.append(_row("all", "", _sum(list(found.costs.values())), ""))
-    runs = [row for name, row in found.costs.items() if _runs(statuses[name])]
+    done = ("up to date", "restorable")
+    runs = [row for name, row in found.costs.items() if statuses[name].prospect not in done]
     if len(runs) < len(found.costs):
         table.append(_row("what would run", "", _sum(runs), ""))
     return table
-
-
-def _runs(status: StageStatus) -> bool:
-    return status.prospect not in ("up to date", "restorable")
 
 
 def _row(name: str, prospect: str, row: Cost, told: str) -> tuple[str, ...]:

@@ -269,12 +269,12 @@ class Reckoner:
     @property
     def _scorers(self) -> int:
         """Scorers that are no adapters on models/sft."""
-        names = ("reward_model", "cost_model")
-        return sum(not self._is_adapter(self._params[name], self._rank(name)) for name in names)
+        return sum(not self._is_adapter(name) for name in ("reward_model", "cost_model"))
 
-    @staticmethod
-    def _is_adapter(section: Mapping[str, Any], rank: int) -> bool:
-        return rank > 0 and section["given"] is None and section["backbone"] == "sft"
+    def _is_adapter(self, scorer: str) -> bool:
+        section = self._params[scorer]
+        trained = section["given"] is None and section["backbone"] == "sft"
+        return trained and self._rank(scorer) > 0
 
     def _beside(self, section: str) -> int:
         """Models beside a policy that a section trains: scorers and reference."""
@@ -332,7 +332,8 @@ class Reckoner:
     def _read(self, rows: float, prompt: float, answer: float, *, scorer: bool = False) -> Piece:
         kind: Literal["score", "read"] = "score" if scorer else "read"
         batch = self._resources["scoring_batch_size"]
-        return Piece(kind, rows, prompt, answer, batch, max_tokens=self._longest)
+        longest = int(self._params["training"]["max_length"])
+        return Piece(kind, rows, prompt, answer, batch, max_tokens=longest)
 
     def _drawn(self, prompts: float, count: int, *, reads: int) -> list[Piece]:
         """Answers to prompts, read by so many policies and scored for reward and cost."""
@@ -343,10 +344,6 @@ class Reckoner:
         drawn = Piece("draw", rows, self._asked, length, batch, max_tokens=most)
         policies = [self._read(rows, self._asked, length)] * reads
         return [drawn, *policies, *[self._read(rows, self._asked, length, scorer=True)] * 2]
-
-    @property
-    def _longest(self) -> int:
-        return int(self._params["training"]["max_length"])
 
 
 def steps_of(rule: str, section: Mapping[str, Any]) -> tuple[int, int]:
