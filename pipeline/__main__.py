@@ -311,6 +311,14 @@ def _dag() -> dict[str, StageSpec]:
         raise PipelineError(one_line(error)) from None
 
 
+def _reach_server(cluster: bool) -> None:
+    """Use the server that shows runs, without which none can be on workers."""
+    if cluster:
+        server.need()
+    else:
+        server.use_running()
+
+
 def _run(arguments: argparse.Namespace) -> int:
     from pipeline import names, yaml_text
     from pipeline.dvc.parameters import assign, settings_of
@@ -320,9 +328,7 @@ def _run(arguments: argparse.Namespace) -> int:
     if not arguments.params:  # a slip of the pen need not wait for a server
         names.check(Path.cwd(), assign(yaml_text.read(Path("params.yaml")), settings))
         select(_dag(), arguments.stages)
-    server.use_running()
-    if arguments.cluster:
-        server.need()
+    _reach_server(arguments.cluster)
     from pipeline.prefect.flow import REFUSED, WAITING, alignment
 
     with server.own_server():
@@ -347,10 +353,7 @@ def _sweep(arguments: argparse.Namespace) -> int:
 
     points = grid(arguments.grid)
     select(_dag(), arguments.stages)
-    if arguments.cluster:
-        server.need()
-    else:
-        server.use_running()
+    _reach_server(arguments.cluster)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     options = [option for stage in arguments.stages for option in ("--stage", stage)]
     options += ["--jobs", str(arguments.jobs)] if arguments.jobs else []
@@ -371,10 +374,7 @@ def _seeds(arguments: argparse.Namespace) -> int:
     root = Path.cwd()
     found = points(root, arguments.seeds)
     select(_dag(), [REPORT])
-    if arguments.cluster:
-        server.need()
-    else:
-        server.use_running()
+    _reach_server(arguments.cluster)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     jobs = ["--jobs", str(arguments.jobs)] if arguments.jobs else []
     good = gather(root, found, jobs, arguments.cluster)

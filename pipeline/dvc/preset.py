@@ -59,7 +59,8 @@ def select(preset: str, data: str | None = None, force: bool = False, root: Path
                 f"{data}: no such folder; --data takes the folder that holds the data files"
             )
         text = _with_folder(text, data, preset)
-    _validate(text, preset, root)
+    if refused := _refusal(text, preset, root):
+        raise PipelineError(refused)
     locks.check_free(root)
     target = root / "params.yaml"
     if target.exists() and is_edited(_text(target), root):
@@ -117,12 +118,6 @@ def check_change(before: str, after: str, root: Path) -> None:
         raise PipelineError(refused)
 
 
-def _validate(text: str, name: str, root: Path) -> None:
-    refused = _refusal(text, name, root)
-    if refused:
-        raise PipelineError(refused)
-
-
 def _refusal(text: str, name: str, root: Path) -> str:
     """What the library says against these params, or nothing; asked as a command, since it must not
     be imported here.
@@ -170,8 +165,7 @@ def _committed(root: Path) -> str | None:
 def is_edited(text: str, root: Path) -> bool:
     """Whether `text` is neither committed, nor a preset, nor the last choice, folder aside."""
     own = _without_folder(text)
-    known = map(_without_folder, filter(None, _known(root)))
-    return own not in known and not _rewritten(own, root)
+    return own not in map(_without_folder, _known(root)) and not _rewritten(own, root)
 
 
 def _rewritten(own: str, root: Path) -> bool:
@@ -179,8 +173,8 @@ def _rewritten(own: str, root: Path) -> bool:
     params.yaml anew in a layout of its own, with all values and remarks.
     """
     last = root / LAST
-    known = (_text(last) if last.is_file() else None, _committed(root))
-    return any(other and _said(_without_folder(other)) == _said(own) for other in known)
+    known = (_text(last) if last.is_file() else "", _committed(root) or "")
+    return any(_said(_without_folder(other)) == _said(own) for other in known)
 
 
 def _said(text: str) -> tuple[Any, list[str]]:
@@ -191,11 +185,11 @@ def _said(text: str) -> tuple[Any, list[str]]:
         return text, []
 
 
-def _known(root: Path) -> Iterator[str | None]:
+def _known(root: Path) -> Iterator[str]:
     """The texts that params.yaml may be without being the user's own, likely ones first."""
-    yield _committed(root)
-    for path in (root / LAST, *_presets(root)):
-        yield _whole(path) if path.is_file() else None
+    yield _committed(root) or ""
+    for path in filter(Path.is_file, (root / LAST, *_presets(root))):
+        yield _whole(path)
 
 
 def _without_folder(text: str) -> str:
