@@ -110,11 +110,7 @@ def _json(repo: Repo, name: str, path: str) -> Any:
     try:
         return json.loads(repo.dvcfs.read_text(f"/{path}"))
     except (FileNotFoundError, DvcException, ValueError):
-        raise _missing(name, path) from None
-
-
-def _missing(name: str, path: str) -> PipelineError:
-    return PipelineError(
-        f"{name}: {path}: no run is committed there, or neither DVC's cache nor its remote has this"
-        " file any more"
-    )
+        raise PipelineError(
+            f"{name}: {path}: no run is committed there, or neither DVC's cache nor its remote has"
+            " this file any more"
+        ) from None

@@ -308,7 +308,8 @@ def table(points: Sequence[Point], patterns: Sequence[str]) -> list[list[str]]:
     keys = list(points[0].settings)
     metrics = _measured(points)
     if patterns:
-        shown = [key for key in metrics if _matches(key, patterns)]
+        chosen = {key for pattern in patterns for key in fnmatch.filter(metrics, pattern)}
+        shown = [key for key in metrics if key in chosen]
     else:
         differ = [key for key in metrics if len(set(map(str, _numbers(points, key)))) > 1]
         shown = (differ or metrics)[:COLUMNS]
@@ -332,10 +333,6 @@ def unmatched(points: Sequence[Point], patterns: Sequence[str]) -> list[str]:
 
 def _told(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _matches(key: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatch.fnmatchcase(key, pattern) for pattern in patterns)
 
 
 def _measured(points: Sequence[Point]) -> list[str]:

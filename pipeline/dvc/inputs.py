@@ -82,10 +82,8 @@ def loose(root: Path, dag: Mapping[str, StageSpec], stages: Iterable[str]) -> li
         return [
             name
             for name in sorted(files)
-            if not (
-                fnmatch.fnmatch(Path(name).name, QUESTIONS)
-                or fnmatch.fnmatch(Path(name).name, ANSWERS)
-            )
+            if not fnmatch.fnmatch(Path(name).name, QUESTIONS)
+            and not fnmatch.fnmatch(Path(name).name, ANSWERS)
             and not repo.dvcignore.is_ignored_file(str(root / name))
             and not records.written(repo, str(root / name))
         ]
@@ -108,10 +106,9 @@ def _deps(dag: Mapping[str, StageSpec], stages: Iterable[str]) -> set[str]:
 
 def _named(root: Path) -> Iterator[str]:
     """The texts in params.yaml that are paths of something here."""
-    content = yaml_text.load(yaml_text.read(root / "params.yaml"))
-    yield from (
-        text for text in _texts(content) if not Path(text).is_absolute() and _exists(root / text)
-    )
+    for text in _texts(yaml_text.load(yaml_text.read(root / "params.yaml"))):
+        if not Path(text).is_absolute() and _exists(root / text):
+            yield text
 
 
 def _exists(path: Path) -> bool:
@@ -122,15 +119,12 @@ def _exists(path: Path) -> bool:
 
 
 def _texts(content: Any) -> Iterator[str]:
-    values = (
-        content.values()
-        if isinstance(content, dict)
-        else content
-        if isinstance(content, list)
-        else []
-    )
-    for value in values:
-        yield from [value] if isinstance(value, str) else _texts(value)
+    """All texts in lists and mappings, those that are keys aside."""
+    if isinstance(content, str):
+        yield content
+    elif isinstance(content, dict | list):
+        for value in content.values() if isinstance(content, dict) else content:
+            yield from _texts(value)
 
 
 def _written(root: Path, path: str) -> bool:

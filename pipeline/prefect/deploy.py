@@ -33,20 +33,19 @@ def deploy(root: Path, dag: Mapping[str, StageSpec], kind: str) -> list[str]:
 
     Raises PipelineError where prefect.yaml lacks a deployment for a pool, or Prefect refuses it.
     """
-    _check(root, pools_of(dag))
+    pools = pools_of(dag)
+    _check(root, pools)
     with get_client(sync_client=True) as client:
         there = {pool.name: pool.type for pool in client.read_work_pools()}
-    lines = [
-        f"pool {name}: there, of type {there[name]}" for name in pools_of(dag) if name in there
-    ]
-    for name in pools_of(dag):
+    lines = [f"pool {name}: there, of type {there[name]}" for name in pools if name in there]
+    for name in pools:
         if name not in there:
             _prefect(root, "work-pool", "create", name, "--type", kind)
             lines.append(f"pool {name}: made, of type {kind}")
-    names = [argument for name in pools_of(dag) for argument in ("--name", name)]
+    names = [argument for name in pools for argument in ("--name", name)]
     _prefect(root, "deploy", *names, "--prefect-file", str(FILE))
-    lines += [f"deployment stage/{name}: as in {FILE}" for name in pools_of(dag)]
-    return [*lines, f"next, on each node: python -m pipeline work {'|'.join(pools_of(dag))}"]
+    lines += [f"deployment stage/{name}: as in {FILE}" for name in pools]
+    return [*lines, f"next, on each node: python -m pipeline work {'|'.join(pools)}"]
 
 
 def _check(root: Path, pools: list[str]) -> None:
