@@ -109,14 +109,20 @@ def card(
         drawing.image(drawing.chart(picture), picture.title)
         for picture in pictures(root, spec, after)
     ]
-    parts += policies_table(before, after)
-    parts += metrics_table(before, after)
-    parts += outputs_table(records.read(root, [spec.name]).get(spec.name, {}))
+    parts.append(policies_table(before, after))
+    parts.append(metrics_table(before, after))
+    parts.append(outputs_table(records.read(root, [spec.name]).get(spec.name, {})))
     parts.append(f"By hand: `{spec.by_hand}`, or `dvc repro --single-item {spec.name}`")
     return "\n\n".join(part for part in parts if part)
 
 
-def policies_table(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+def _table(titles: Sequence[str], alignment: str, rows: Sequence[Sequence[str]]) -> str:
+    """A table in markdown; empty without rows."""
+    head, *lines = [f"| {' | '.join(row)} |" for row in (titles, *rows)]
+    return "\n".join([head, alignment, *lines]) if lines else ""
+
+
+def policies_table(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
     """A comparison's numbers that matter most, a row per policy, each with what has changed; the
     file has the rest.
     """
@@ -127,27 +133,19 @@ def policies_table(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[
     rows = []
     for name in names:
         keys = [f"policies.{name}.{column}" for column in shown]
-        cells = [_cell(before.get(key), after.get(key)) for key in keys]
-        rows.append(f"| {name} | {' | '.join(cells)} |")
-    titles = " | ".join(column.removesuffix(".mean") for column in shown)
-    return (
-        ["\n".join([f"| policy | {titles} |", f"|---|{'---:|' * len(shown)}", *rows])]
-        if rows and shown
-        else []
-    )
+        rows.append([name, *(_cell(before.get(key), after.get(key)) for key in keys)])
+    titles = [column.removesuffix(".mean") for column in shown]
+    return _table(["policy", *titles], f"|---|{'---:|' * len(shown)}", rows)
 
 
 def _cell(before: Any, now: Any) -> str:
     if not _is_number(now):
         return ""
-    return (
-        f"{_number(now)} ({_change(before, now)})"
-        if _is_number(before) and before != now
-        else _number(now)
-    )
+    told = f" ({_change(before, now)})" if _is_number(before) and before != now else ""
+    return f"{_number(now)}{told}"
 
 
-def metrics_table(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+def metrics_table(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
     """Each number of the metrics and what it was before; interval ends, lists and policies are left
     to others.
     """
@@ -157,28 +155,20 @@ def metrics_table(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[s
         for key, value in after.items()
         if _is_number(value) and not key.endswith(left_out) and not key.startswith("policies.")
     ]
-    if not keys:
-        return []
     rows = [
-        f"| {key.removesuffix('.mean')} | {_number(after[key])} |"
-        f" {_change(before.get(key), after[key])} |"
+        (key.removesuffix(".mean"), _number(after[key]), _change(before.get(key), after[key]))
         for key in keys
     ]
-    return ["\n".join(["| metric | value | change |", "|---|---:|---:|", *rows])]
+    return _table(["metric", "value", "change"], "|---|---:|---:|", rows)
 
 
-def outputs_table(entry: Mapping[str, Any]) -> list[str]:
+def outputs_table(entry: Mapping[str, Any]) -> str:
     """The outputs of dvc.lock with their sizes and hashes."""
-    rows = [
-        f"| {out['path']} | {size(out.get('size', 0))} | {out.get('nfiles', 1)} |"
-        f" `{out.get('md5', '')[:12]}` |"
-        for out in entry.get("outs", [])
-    ]
-    return (
-        ["\n".join(["| output | size | files | md5 |", "|---|---:|---:|---|", *rows])]
-        if rows
-        else []
-    )
+    rows = []
+    for out in entry.get("outs", []):
+        digits = f"`{out.get('md5', '')[:12]}`"
+        rows.append([out["path"], size(out.get("size", 0)), str(out.get("nfiles", 1)), digits])
+    return _table(["output", "size", "files", "md5"], "|---|---:|---:|---|", rows)
 
 
 def pictures(root: Path, spec: StageSpec, metrics: Mapping[str, Any]) -> list[drawing.Chart]:
@@ -252,16 +242,13 @@ def plan_page(dag: Mapping[str, StageSpec], statuses: Mapping[str, StageStatus])
     """What is about to run and why."""
     states = {name: status.prospect for name, status in statuses.items()}
     rows = [
-        f"| {name} | {status.prospect} | {', '.join(status.reasons)} |"
+        (name, status.prospect, ", ".join(status.reasons))
         for name, status in statuses.items()
         if status.prospect != "up to date"
     ]
-    table = (
-        "\n".join(["| stage | status | what changed since its last run |", "|---|---|---|", *rows])
-        if rows
-        else "Everything is up to date."
-    )
-    return "\n\n".join([drawing.image(drawing.graph(dag, states), "stages"), table])
+    table = _table(["stage", "status", "what changed since its last run"], "|---|---|---|", rows)
+    told = table or "Everything is up to date."
+    return "\n\n".join([drawing.image(drawing.graph(dag, states), "stages"), told])
 
 
 def summary_page(
@@ -277,17 +264,15 @@ def summary_page(
         drawing.image(drawing.graph(dag, states), "stages"),
     ]
     parts += [f"**{result.message}**" for result in results.values() if result.state == "Failed"]
-    parts.append("\n".join(["| stage | state | time |", "|---|---|---:|", *rows]))
+    parts.append(_table(["stage", "state", "time"], "|---|---|---:|", rows))
     return "\n\n".join([*parts, *_report_line(root, dag, states)])
 
 
-def _row(name: str, workspace: str, result: Result) -> str:
+def _row(name: str, workspace: str, result: Result) -> tuple[str, str, str]:
     carded = result.state in ("Completed", "Restored")
     stage = f"[{name}](/artifacts/key/{key_of(name, workspace)})" if carded else name
-    return (
-        f"| {stage} | {_words(result.state)} |"
-        f" {'' if result.state == 'Unchanged' else duration(result.seconds)} |"
-    )
+    time = "" if result.state == "Unchanged" else duration(result.seconds)
+    return stage, _words(result.state), time
 
 
 def _report_line(root: Path, dag: Mapping[str, StageSpec], states: Mapping[str, str]) -> list[str]:
