@@ -192,12 +192,12 @@ def tested_by(limit: Constraint, params: CertifyParams) -> dict[str, Any]:
 
 def copy_into(folder: Path, evidence: Evidence) -> Evidence:
     """The files copied into the certificate's folder, to be found where that is moved to."""
-    copies = [None if file is None else folder / file.name for file in evidence]
-    for file, copy in zip(evidence, copies, strict=True):
-        if file is not None and copy is not None:
-            shutil.copyfile(file, copy)
-    assert copies[0] is not None
-    return Evidence(copies[0], copies[1])
+
+    def copied(file: Path) -> Path:
+        return Path(shutil.copyfile(file, folder / file.name))
+
+    labels = None if evidence.labels is None else copied(evidence.labels)
+    return Evidence(copied(evidence.answers), labels)
 
 
 def describe(found: Certificate, row: CertifyRun, evidence: CandidateEvidence) -> Certified:

@@ -160,16 +160,10 @@ def by_beta(
         [measures] = solution.frontier(
             [solution.lam], scored.length, reward=reward, level=params.cvar_level
         )
-        rows.append(_beta_row(beta, measures, solution, prices))
+        low, high = solution.lam_interval
+        found = {"lam_low": low, "lam_high": high, "prices": [each.lam for each in prices]}
+        rows.append(BetaRow.model_validate({**measures, **found, "beta": beta}))
     return Betas(rows=rows, beta=params.beta, min_ess=params.min_ess)
-
-
-def _beta_row(
-    beta: float, measures: dict[str, float], solution: DualSolution, prices: Sequence[Price]
-) -> BetaRow:
-    low, high = solution.lam_interval
-    multipliers = {"lam_low": low, "lam_high": high, "prices": [found.lam for found in prices]}
-    return BetaRow.model_validate({**measures, **multipliers, "beta": beta})
 
 
 def with_margin(solution: DualSolution, params: DualInitParams) -> MarginSolution:

@@ -92,11 +92,9 @@ def training_pairs(
             for name in (spec.margin, "sft")
         )
         pairs = with_margin(pairs, margin, base, spec.margin_weight)
-    return (
-        pairs
-        if spec.safe_offset is None
-        else with_offset(pairs, train, spec.safe_offset, params.beta)
-    )
+    if spec.safe_offset is not None:
+        pairs = with_offset(pairs, train, spec.safe_offset, params.beta)
+    return pairs
 
 
 if __name__ == "__main__":
