@@ -40,7 +40,7 @@ def check_across(content: dict[str, Any], stages: dict[str, StageParams]) -> Non
     search = params_of(DualSearchParams, stages)
     certify = params_of(CertifyParams, stages)
     evaluate = params_of(EvaluateParams, stages)
-    safe = _on_safety(params_of(SafetyDpoParams, stages), params_of(SafetyPathParams, stages))
+    safe = _on_safety(stages)
     _check_references(reward, safe)
     _check_scores(reward, safe, params_of(LagrangianDpoParams, stages))
     _check_path(lambda_path)
@@ -152,10 +152,12 @@ def _number(stages: dict[str, StageParams], key: str) -> int:
 _TRAINED = ("reward_dpo", "safety_dpo", "lagrangian_dpo", "lambda_path", "safety_path")
 
 
-def _on_safety(safety: SafetyDpoParams, safety_path: SafetyPathParams) -> dict[str, SafetySpec]:
+def _on_safety(stages: dict[str, StageParams]) -> dict[str, SafetySpec]:
     """The runs on safety preferences, by their folders under models/."""
-    runs: dict[str, SafetySpec] = {f"safety_dpo/{name}": run for name, run in safety.runs.items()}
-    return runs | {f"safety_path/{name}": run for name, run in safety_path.runs.items()}
+    step = params_of(SafetyDpoParams, stages).runs
+    path = params_of(SafetyPathParams, stages).runs
+    runs: dict[str, SafetySpec] = {f"safety_dpo/{name}": run for name, run in step.items()}
+    return runs | {f"safety_path/{name}": run for name, run in path.items()}
 
 
 def _check_written(named: dict[str, str], written: set[str], where: str) -> None:
