@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -79,8 +80,8 @@ def _table(name: str, params: Mapping[str, Any], root: Path, count: Callable[[st
     table = Table(len(train), len(rows) - len(train), most / 2, most / 2, measured=True)
     if not fitting:
         return table
-    prompt = _mean([prompt for prompt, _ in fitting])
-    return replace(table, prompt=prompt, answer=_mean([_mean(each) for _, each in fitting]))
+    prompt = fmean(prompt for prompt, _ in fitting)
+    return replace(table, prompt=prompt, answer=fmean(fmean(answers) for _, answers in fitting))
 
 
 def _size(
@@ -89,10 +90,6 @@ def _size(
     """Tokens of a row's prompt and of each of its answers."""
     prompt = sum(count(turn["content"]) + _TEMPLATE for turn in row["prompt"])
     return prompt, [count(row[column]) + 1 for column in columns]
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
 
 
 def _expected(name: str, params: Mapping[str, Any]) -> tuple[int | None, int | None]:
@@ -121,7 +118,7 @@ def _drawn(params: Mapping[str, Any], root: Path) -> float:
     if not file.is_file():
         return float(params["generation"]["max_new_tokens"])
     lengths = [row["length"] for row in _read(file, ["length"])]
-    return _mean(lengths) if lengths else 0.0
+    return fmean(lengths) if lengths else 0.0
 
 
 def _counter(params: Mapping[str, Any], root: Path) -> Callable[[str], int]:
@@ -129,7 +126,8 @@ def _counter(params: Mapping[str, Any], root: Path) -> Callable[[str], int]:
     PipelineError for one that cannot be read.
     """
     places = (root / "models" / "sft", root / str(params["sft"]["base"]))
-    file = next((place / "tokenizer.json" for place in places if _has(place)), None)
+    files = [place / "tokenizer.json" for place in places]
+    file = next(filter(Path.is_file, files), None)
     if file is None:
         return lambda text: round(len(text) / _CHARACTERS)
     try:
@@ -139,10 +137,6 @@ def _counter(params: Mapping[str, Any], root: Path) -> Callable[[str], int]:
             f"{file}: cannot be read as a tokenizer ({error}); is the download complete?"
         ) from None
     return lambda text: len(tokenizer.encode(text, add_special_tokens=False).ids)
-
-
-def _has(place: Path) -> bool:
-    return (place / "tokenizer.json").is_file()
 
 
 def _read(file: Path, columns: list[str]) -> list[dict[str, Any]]:

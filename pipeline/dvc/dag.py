@@ -51,7 +51,8 @@ def load_dag(root: str | Path = ".") -> dict[str, StageSpec]:
     cannot be read."""
     names.check(Path(root))
     with Repo(str(root)) as repo:
-        graph = _graph(repo)  # an edge points from a stage to what it reads
+        with readable_records():
+            graph = repo.index.graph  # an edge points from a stage to what it reads
         place = {stage: i for i, stage in enumerate(repo.index.stages)}
         order = nx.lexicographical_topological_sort(
             graph.reverse(copy=False), key=place.__getitem__
@@ -59,11 +60,6 @@ def load_dag(root: str | Path = ".") -> dict[str, StageSpec]:
         return {
             stage.name: _spec(stage, graph) for stage in order if isinstance(stage, PipelineStage)
         }
-
-
-def _graph(repo: Repo) -> nx.DiGraph:
-    with readable_records():
-        return repo.index.graph
 
 
 @contextlib.contextmanager
