@@ -365,22 +365,14 @@ def _loaded() -> list[Path]:
     """The sources loaded, the stage's too. Types of params are no part of it: their values are in
     fingerprints and provenance.
     """
-    files = {
-        Path(str(module.__file__))
-        for name, module in list(sys.modules.items())
-        if _is_code(_own_name(name, module)) and getattr(module, "__file__", None)
-    }
+    files = set()
+    for name, module in list(sys.modules.items()):
+        spec = getattr(module, "__spec__", None) if name == "__main__" else None
+        own = spec.name if spec is not None else name  # `python -m stages.NAME` runs it as __main__
+        code = own.startswith(("dualign.", "stages.")) and not own.startswith("dualign.params")
+        if code and getattr(module, "__file__", None):
+            files.add(Path(str(module.__file__)))
     return sorted(files)
-
-
-def _is_code(name: str) -> bool:
-    return name.startswith(("dualign.", "stages.")) and not name.startswith("dualign.params")
-
-
-def _own_name(name: str, module: Any) -> str:
-    """A module's name; `python -m stages.NAME` runs it as `__main__`."""
-    spec = getattr(module, "__spec__", None)
-    return spec.name if name == "__main__" and spec is not None else name
 
 
 def _tell_edited(run: Run[P], files: Sequence[str]) -> None:
