@@ -32,9 +32,13 @@ def check_held(root: Path, dag: Mapping[str, StageSpec], stages: Iterable[str]) 
     """Raise PipelineError unless workers can have all inputs: by git, DVC or absolute path."""
     stages = list(stages)
     missing = [name for name in loose(root, dag, stages) if not _travels(name)]
-    for path in [] if missing else sorted(_deps(dag, stages)):
-        if not tracked_files(root, path) and not _written(root, path):
-            missing.append(path)
+    if not missing:
+        with Repo(str(root)) as repo:
+            missing = [
+                path
+                for path in sorted(_deps(dag, stages))
+                if not tracked_files(root, path) and not records.written(repo, str(root / path))
+            ]
     if missing:
         raise PipelineError(
             f"{missing[0]}: neither git nor DVC holds it, so workers cannot have it; "
@@ -125,11 +129,6 @@ def _texts(content: Any) -> Iterator[str]:
     elif isinstance(content, dict | list):
         for value in content.values() if isinstance(content, dict) else content:
             yield from _texts(value)
-
-
-def _written(root: Path, path: str) -> bool:
-    with Repo(str(root)) as repo:
-        return bool(records.written(repo, str(root / path)))
 
 
 # --- labels of people -----------------------------------------------------------------------------
