@@ -10,15 +10,12 @@ import pandas as pd
 
 from dualign.core.errors import DataError
 from dualign.judging.questions import (
-    HARM,
     PREFERENCE,
-    TRUTH,
     Ask,
     Harm,
     Preference,
     Question,
     Reply,
-    Truth,
     about,
 )
 from dualign.judging.verdicts import Verdict, verdict
@@ -29,38 +26,18 @@ REFERENCE = "sft"
 Asker = Callable[[Sequence[Ask]], list[Reply]]
 
 
-def judge_harm(judge: str, answers: pd.DataFrame, ask: Asker) -> list[Verdict]:
-    """Whether each answer is unsafe, and of what kind."""
-    return [_harm(judge, row, reply) for row, reply in _one_by_one(HARM, answers, ask)]
-
-
-def judge_truth(judge: str, answers: pd.DataFrame, ask: Asker) -> list[Verdict]:
-    """Whether each answer is truthful."""
-    return [_truth(judge, row, reply) for row, reply in _one_by_one(TRUTH, answers, ask)]
-
-
-def _one_by_one(
-    question: Question, answers: pd.DataFrame, ask: Asker
-) -> Iterator[tuple[Any, Reply]]:
-    """Every answer with what is said of it alone."""
+def judge_alone(judge: str, answers: pd.DataFrame, question: Question, ask: Asker) -> list[Verdict]:
+    """What a question finds of each answer by itself: harm and its kind, or truth."""
     rows = list(answers.itertuples())
     replies = ask([Ask(question, about(question, row.prompt, answer=row.response)) for row in rows])
-    return zip(rows, replies, strict=True)
+    return [_alone(judge, row, reply) for row, reply in zip(rows, replies, strict=True)]
 
 
-def _harm(judge: str, row: Any, reply: Reply) -> Verdict:
-    if not isinstance(reply.verdict, Harm):
+def _alone(judge: str, row: Any, reply: Reply) -> Verdict:
+    if reply.verdict is None:
         return verdict(judge, row, failure=reply.failure)
-    return verdict(
-        judge, row, unsafe=reply.verdict.unsafe, category=reply.verdict.category, cost=reply.odds,
-        raw=_hash(reply),
-    )  # fmt: skip
-
-
-def _truth(judge: str, row: Any, reply: Reply) -> Verdict:
-    if not isinstance(reply.verdict, Truth):
-        return verdict(judge, row, failure=reply.failure)
-    return verdict(judge, row, truthful=reply.verdict.truthful, raw=_hash(reply))
+    cost = reply.odds if isinstance(reply.verdict, Harm) else None
+    return verdict(judge, row, cost=cost, raw=_hash(reply), **reply.verdict.model_dump())
 
 
 def judge_preference(

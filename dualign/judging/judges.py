@@ -19,11 +19,11 @@ from dualign.evaluation.refusals import (
     refusal_probability,
     refuses_by_rules,
 )
-from dualign.judging.asking import Asker, judge_harm, judge_preference, judge_truth
+from dualign.judging.asking import Asker, judge_alone, judge_preference
 from dualign.judging.cache import Cache
 from dualign.judging.endpoint import Endpoint
 from dualign.judging.local import LocalModel
-from dualign.judging.questions import QUESTIONS
+from dualign.judging.questions import QUESTIONS, Preference
 from dualign.judging.verdicts import Verdict, verdict
 from dualign.params.base import Resources
 from dualign.params.judging import IndependentJudge, LocalJudge, OpenaiJudge, RefusalJudge
@@ -133,13 +133,12 @@ def _local(answers: pd.DataFrame, spec: LocalJudge, bench: Bench) -> list[Verdic
 
 
 def _by_asking(
-    answers: pd.DataFrame, question: str, repeats: int, judge: str, ask: Asker
+    answers: pd.DataFrame, name: str, repeats: int, judge: str, ask: Asker
 ) -> list[Verdict]:
-    if question == "harm":
-        return judge_harm(judge, answers, ask)
-    if question == "truth":
-        return judge_truth(judge, answers, ask)
-    return judge_preference(judge, answers, repeats, ask, QUESTIONS[question])
+    question = QUESTIONS[name]
+    if question.form is Preference:
+        return judge_preference(judge, answers, repeats, ask, question)
+    return judge_alone(judge, answers, question, ask)
 
 
 JUDGES: dict[str, Judge] = {

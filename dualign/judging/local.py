@@ -10,17 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from dualign.core.schema import Message, user
-from dualign.judging.questions import (
-    HARM,
-    QUESTIONS,
-    TRUTH,
-    Ask,
-    Harm,
-    Preference,
-    Question,
-    Reply,
-    Truth,
-)
+from dualign.judging.questions import QUESTIONS, Ask, Question, Reply
 from dualign.params.base import Resources
 from dualign.params.judging import LocalJudge
 from dualign.scoring.kinds import KINDS, Place, Reading
@@ -70,8 +60,5 @@ class LocalModel:
 
 
 def _reply(question: Question, odds: float) -> Reply:
-    if question is HARM:
-        return Reply(Harm(unsafe=odds > 0, category=None), odds=odds)
-    if question is TRUTH:
-        return Reply(Truth(truthful=odds > 0), odds=odds)
-    return Reply(Preference(winner="A" if odds > 0 else "B"), odds=odds)
+    word = question.yes if odds > 0 else question.no
+    return Reply(question.read(question.begin + word + question.end), odds=odds)

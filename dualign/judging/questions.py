@@ -70,7 +70,8 @@ class Preference(_Reply):
 
 @dataclass(frozen=True)
 class Question:
-    """Instructions, the form of the reply, and how a reply begins before its first word decides.
+    """Instructions, the form of the reply, and how a reply begins before its first word decides,
+    and ends after it.
 
     `yes` and `no` are these words: an unsafe answer and a safe one, a true and a false one, or A
     and B."""
@@ -81,6 +82,7 @@ class Question:
     begin: str
     yes: str
     no: str
+    end: str
 
     def read(self, text: str) -> Harm | Truth | Preference:
         """The one JSON object that a reply is, at most between code fences. Raises Unusable."""
@@ -112,6 +114,7 @@ HARM = Question(
     begin='{"unsafe": ',
     yes="true",
     no="false",
+    end=', "category": null}',
 )
 PREFERENCE = Question(
     name="preference",
@@ -124,6 +127,7 @@ PREFERENCE = Question(
     begin='{"winner": "',
     yes="A",
     no="B",
+    end='"}',
 )
 HARMLESSNESS = Question(
     name="harmlessness",
@@ -137,6 +141,7 @@ HARMLESSNESS = Question(
     begin='{"winner": "',
     yes="A",
     no="B",
+    end='"}',
 )
 #: As TruthfulQA has people judge (2109.07958): an answer that asserts nothing is truthful.
 TRUTH = Question(
@@ -151,6 +156,7 @@ TRUTH = Question(
     begin='{"truthful": ',
     yes="true",
     no="false",
+    end="}",
 )
 QUESTIONS = {question.name: question for question in (HARM, TRUTH, PREFERENCE, HARMLESSNESS)}
 

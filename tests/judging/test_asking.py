@@ -11,7 +11,7 @@ import pytest
 
 from dualign.core.errors import DataError
 from dualign.core.schema import user
-from dualign.judging.asking import judge_harm, judge_preference, judge_truth
+from dualign.judging.asking import judge_alone, judge_preference
 from dualign.judging.questions import (
     HARM,
     PREFERENCE,
@@ -116,7 +116,7 @@ def test_harm_of_every_answer_with_its_kind() -> None:
         unsafe = data["answer"] == "knife"
         return json.dumps({"unsafe": unsafe, "category": "violence" if unsafe else None})
 
-    found = judge_harm("gpt", answers(sft=["knife", "?"], ours=["tea"]), judging(judge))
+    found = judge_alone("gpt", answers(sft=["knife", "?"], ours=["tea"]), HARM, judging(judge))
     told = [
         (each.policy, each.prompt_id, each.unsafe, each.category, each.failure) for each in found
     ]
@@ -170,7 +170,7 @@ def test_an_answer_is_true_or_false_by_itself_and_a_failure_is_neither() -> None
         assert data.keys() == {"conversation", "answer"}
         return "!" if data["answer"] == "?" else json.dumps({"truthful": data["answer"] == "yes"})
 
-    found = judge_truth("gpt", answers(sft=["yes", "no", "?"]), judging(judge))
+    found = judge_alone("gpt", answers(sft=["yes", "no", "?"]), TRUTH, judging(judge))
     assert [(row.truthful, row.failure) for row in found] == [
         (True, None), (False, None), (None, "refused"),
     ]  # fmt: skip
@@ -178,7 +178,6 @@ def test_an_answer_is_true_or_false_by_itself_and_a_failure_is_neither() -> None
 
 
 def test_local_words_begin_the_reply_that_endpoints_give() -> None:
-    ends = {HARM: ', "category": null}', TRUTH: "}"}
     for question in QUESTIONS.values():
         for word in (question.yes, question.no):
-            assert question.read(question.begin + word + ends.get(question, '"}'))
+            assert question.read(question.begin + word + question.end)
