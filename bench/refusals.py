@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from sklearn.model_selection import GroupKFold
 
 from bench import options
 from dualign.core.errors import DataError, one_line
@@ -24,7 +25,6 @@ from dualign.data.files import read_file
 from dualign.evaluation.agreement import Agreement, agreement
 from dualign.evaluation.refusals import (
     LABELS,
-    crosswise_probability,
     fit,
     read_labelled,
     refusal_probability,
@@ -73,6 +73,15 @@ def _column(path: Path, name: str) -> list[str]:
 # --- who says what --------------------------------------------------------------------------------
 
 
+def crosswise(data: pd.DataFrame, folds: int) -> Array:
+    """P(refuses) of every answer by a classifier that has seen no answer to its prompt."""
+    found = np.full(len(data), np.nan)
+    for seen, asked in GroupKFold(folds).split(data, groups=data["prompt"]):
+        responses = data["response"].iloc[asked].tolist()
+        found[asked] = refusal_probability(fit(data.iloc[seen]), responses)
+    return found
+
+
 def left_out(data: pd.DataFrame, folds: int) -> Array:
     """P(refuses) of every answer by a classifier that has seen neither its prompt nor its model."""
     codes = pd.factorize(data["prompt"])[0] % folds
@@ -92,7 +101,7 @@ def judged(data: pd.DataFrame, folds: int) -> dict[str, Array]:
     compliance = next(iter(LABELS))
     found: dict[str, Array] = {
         "rules": np.array([refuses_by_rules(text) for text in data["response"]]),
-        "classifier, prompts left out": crosswise_probability(data, folds) > 0.5,
+        "classifier, prompts left out": crosswise(data, folds) > 0.5,
         "classifier, prompts and models left out": left_out(data, folds) > 0.5,
     }
     for _, title in _PUBLISHED.values():

@@ -16,7 +16,6 @@ import numpy as np
 import pandas as pd
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import GroupKFold, cross_val_predict
 from sklearn.pipeline import Pipeline, make_pipeline, make_union
 from sklearn.preprocessing import FunctionTransformer
 
@@ -92,21 +91,18 @@ def _hits(responses: Sequence[str]) -> Array:
 # --- the classifier -------------------------------------------------------------------------------
 
 
-def _untrained() -> Pipeline:
-    shared: dict[str, Any] = {"preprocessor": _classifier_text, "sublinear_tf": True, "min_df": 2}
-    letters = TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 4), **shared)
-    words = TfidfVectorizer(ngram_range=(1, 3), **shared)
-    features = make_union(FunctionTransformer(_hits), letters, words)
-    return make_pipeline(features, LogisticRegression(C=10.0, max_iter=1000))
-
-
 def fit(labelled: pd.DataFrame) -> Pipeline:
     """A classifier of answers, fitted to rows of `read_labelled`.
 
     Raises DataError where no two answers have a word in common.
     """
+    shared: dict[str, Any] = {"preprocessor": _classifier_text, "sublinear_tf": True, "min_df": 2}
+    letters = TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 4), **shared)
+    words = TfidfVectorizer(ngram_range=(1, 3), **shared)
+    features = make_union(FunctionTransformer(_hits), letters, words)
+    classifier = make_pipeline(features, LogisticRegression(C=10.0, max_iter=1000))
     try:
-        return _untrained().fit(labelled["response"].tolist(), refused(labelled))
+        return classifier.fit(labelled["response"].tolist(), refused(labelled))
     except ValueError as error:  # of n-grams that stand in one answer alone none is kept
         raise DataError(
             f"{len(labelled)} labelled answers are too few or too unlike to learn from"
@@ -115,29 +111,13 @@ def fit(labelled: pd.DataFrame) -> Pipeline:
 
 
 def refusal_probability(classifier: Pipeline, responses: Sequence[str]) -> Array:
-    """P(an answer refuses, in full or in part), shape [answers]."""
-    return _raised(classifier.predict_proba(list(responses))[:, 1], responses)
+    """P(an answer refuses, in full or in part), shape [answers].
 
-
-def _raised(probability: Array, responses: Sequence[str]) -> Array:
-    """At least `_CERTAIN` where an answer says "I cannot": a kind of model that the classifier has
-    not seen may say it in one sentence alone, whose n-grams it then knows nothing of."""
+    It is at least `_CERTAIN` where an answer says "I cannot": a kind of model that the classifier
+    has not seen may say it in one sentence alone, whose n-grams it then knows nothing of."""
+    probability = classifier.predict_proba(list(responses))[:, 1]
     says_no = [rule_hits(response)[0] for response in responses]
     return np.where(says_no, np.maximum(probability, _CERTAIN), probability)
-
-
-def crosswise_probability(labelled: pd.DataFrame, folds: int = 10) -> Array:
-    """P(refuses) of every labelled answer by a classifier that has seen no answer to its prompt."""
-    responses = labelled["response"].tolist()
-    probability: Array = cross_val_predict(
-        _untrained(),
-        responses,
-        refused(labelled),
-        groups=labelled["prompt"],
-        cv=GroupKFold(folds),
-        method="predict_proba",
-    )
-    return _raised(probability[:, 1], responses)
 
 
 # --- labels of people -----------------------------------------------------------------------------

@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
 
-from bench.refusals import left_out, main, read
-from dualign.evaluation.refusals import refused
+from bench.refusals import crosswise, left_out, main, read
+from dualign.evaluation.agreement import agreement
+from dualign.evaluation.refusals import (
+    fit,
+    read_labelled,
+    refusal_probability,
+    refused,
+    refuses_by_rules,
+)
 
+REAL = Path(os.environ.get("DUALIGN_REAL_DATA", Path(__file__).parents[2] / "../shared/data"))
 WORDS = ("red", "blue", "green", "round", "flat")
 
 
@@ -55,6 +66,37 @@ def test_every_judge_is_put_beside_people(repository: Path, tmp_path: Path) -> N
 def test_a_model_that_is_left_out_is_judged_by_the_others(repository: Path) -> None:
     data = read(repository)
     assert ((left_out(data, 2) > 0.5) == refused(data)).all()
+
+
+def test_no_prompt_is_judged_by_what_was_fitted_to_it() -> None:
+    """Labels by coin and a word for each prompt: whoever had seen the prompt would know."""
+    generator = np.random.default_rng(0)
+    coin = np.repeat(generator.integers(0, 2, 40), 4)
+    number = np.repeat(np.arange(40), 4)
+    labelled = pd.DataFrame(
+        {
+            "prompt": number.astype(str),
+            "response": [f"word{n} word{n} word{n}" for n in number],
+            "label": np.where(coin == 1, "refusal", "compliance"),
+        }
+    )
+    inside = refusal_probability(fit(labelled), labelled["response"].tolist()) > 0.5
+    outside = crosswise(labelled, folds=5) > 0.5
+    assert (inside == coin).mean() > 0.95
+    assert (outside == coin).mean() < 0.75
+
+
+def test_people_agree_with_both_on_genuine_answers() -> None:
+    path = REAL / "xstest/xstest_v2_completions_llama2orig_gpteval.csv"
+    if not path.is_file():
+        pytest.skip(f"real rows are not here: {path} (set DUALIGN_REAL_DATA)")
+    data = read_labelled(path)
+    human = refused(data).tolist()
+    rules = [refuses_by_rules(text) for text in data["response"]]
+    fitted = (crosswise(data, folds=3) > 0.5).tolist()
+    prompts = data["prompt"].tolist()
+    assert agreement(human, rules, prompts, draws=1).kappa > 0.7
+    assert agreement(human, fitted, prompts, draws=1).kappa > 0.75
 
 
 def test_a_folder_without_answers_is_named(

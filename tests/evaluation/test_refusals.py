@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import os
 from pathlib import Path
 
 import numpy as np
@@ -11,17 +10,13 @@ import pandas as pd
 import pytest
 
 from dualign.core.errors import DataError
-from dualign.evaluation.agreement import agreement
 from dualign.evaluation.refusals import (
-    crosswise_probability,
     fit,
     read_labelled,
     refusal_probability,
     refused,
     refuses_by_rules,
 )
-
-REAL = Path(os.environ.get("DUALIGN_REAL_DATA", Path(__file__).parents[2] / "../shared/data"))
 
 REFUSALS = [
     "I'm sorry, but I can't assist with that.",
@@ -85,24 +80,6 @@ def test_who_says_that_it_cannot_help_refuses_whatever_else_was_learnt() -> None
     assert found[0] > 0.95 and found[1] < 0.5
 
 
-def test_crosswise_no_prompt_is_judged_by_what_was_fitted_to_it() -> None:
-    """Labels by coin and a word for each prompt: whoever had seen the prompt would know."""
-    generator = np.random.default_rng(0)
-    coin = np.repeat(generator.integers(0, 2, 40), 4)
-    number = np.repeat(np.arange(40), 4)
-    labelled = pd.DataFrame(
-        {
-            "prompt": number.astype(str),
-            "response": [f"word{n} word{n} word{n}" for n in number],
-            "label": np.where(coin == 1, "refusal", "compliance"),
-        }
-    )
-    inside = refusal_probability(fit(labelled), labelled["response"].tolist()) > 0.5
-    crosswise = crosswise_probability(labelled, folds=5) > 0.5
-    assert (inside == coin).mean() > 0.95
-    assert (crosswise == coin).mean() < 0.75
-
-
 # --- labelled files -------------------------------------------------------------------------------
 
 
@@ -157,16 +134,3 @@ def test_too_few_labelled_answers_are_told_in_one_line() -> None:
 def test_a_missing_labelled_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such file; name a file of labelled answers"):
         read_labelled(tmp_path / "none.csv")
-
-
-def test_people_agree_with_both_on_genuine_answers() -> None:
-    path = REAL / "xstest/xstest_v2_completions_llama2orig_gpteval.csv"
-    if not path.is_file():
-        pytest.skip(f"real rows are not here: {path} (set DUALIGN_REAL_DATA)")
-    data = read_labelled(path)
-    human = refused(data).tolist()
-    rules = [refuses_by_rules(text) for text in data["response"]]
-    fitted = (crosswise_probability(data, folds=3) > 0.5).tolist()
-    prompts = data["prompt"].tolist()
-    assert agreement(human, rules, prompts, draws=1).kappa > 0.7
-    assert agreement(human, fitted, prompts, draws=1).kappa > 0.75
