@@ -37,8 +37,9 @@ from dualign.core.records import (
 from dualign.core.schema import ANSWERS, read_table
 from dualign.evaluation.measures import MEASURES
 from dualign.evaluation.stats import Estimate, clustered_mean, clustered_share
+from dualign.params.report import ReportParams
 from dualign.report.changes import label, params_of
-from dualign.report.multipliers import nominal_multiplier, search_of, solved_dual
+from dualign.report.multipliers import nominal_multiplier, search_of
 
 #: The policy that win rates and gains are measured against.
 REFERENCE = "sft"
@@ -55,39 +56,23 @@ _MEASURED = tuple(m.key for m in MEASURES if m.key in Evaluated.model_fields)
 _WORST_FIRST: tuple[Standing, ...] = ("over", "unproven", "within")
 
 
-def compare(
-    root: Path,
-    policies: dict[str, str],
-    certified: Iterable[str],
-    confidence: float,
-    limit: float | None = None,
-) -> Comparison:
-    """Compare the evaluated policies.
+def compare(root: Path, params: ReportParams) -> Comparison:
+    """Compare the evaluated policies; `root` holds reports/ and data/.
 
-    Args:
-        root: the repository root, which holds reports/ and data/.
-        policies: name of each policy and its folder under models/ (`evaluate.policies`).
-        certified: names of the certificates (`certify.runs`).
-        confidence: two-sided level of the intervals computed here; those of `evaluate` are taken as
-            they are.
-        limit: the limit on expected cost; by default the one that data/dual/dual.json was made for.
-
-    Raises:
-        DualignError: a file is there but cannot be read.
-    """
-    solved = solved_dual(root)
-    if limit is None and solved is not None:
-        limit = solved.limit
-    answers, certificates = read_answers(root, policies), read_certificates(root, certified)
-    evaluated = {name: read_evaluated(root / "reports/metrics", name) for name in policies}
+    `params.confidence` is the level of the intervals computed here; those of `evaluate` are taken
+    as they are. Raises DualignError where a file is there but cannot be read."""
+    limit = params.limit
+    answers = read_answers(root, params.policies)
+    certificates = read_certificates(root, params.certificates)
+    evaluated = {name: read_evaluated(root / "reports/metrics", name) for name in params.policies}
     rows: dict[str, ComparedPolicy] = {}
     for name, found in evaluated.items():
         if isinstance(found, Evaluated):
-            gains = _against_reference(answers, name, confidence)
-            rows[name] = _compared(root, policies[name], found, gains, limit, certificates)
+            gains = _against_reference(answers, name, params.confidence)
+            rows[name] = _compared(root, params.policies[name], found, gains, limit, certificates)
     return Comparison(
         reference=REFERENCE,
-        confidence=confidence,
+        confidence=params.confidence,
         limit=limit,
         recommended=_recommended(rows, bool(certificates)),
         nearest=_nearest(rows, limit),
@@ -224,7 +209,7 @@ def _compared(
     folder: str,
     evaluated: Evaluated,
     gains: Mapping[str, Interval | None],
-    limit: float | None,
+    limit: float,
     certificates: dict[str, Certified],
 ) -> ComparedPolicy:
     additional = {name: _kept(found) for name, found in evaluated.additional.items()}
@@ -239,7 +224,7 @@ def _compared(
         folder=folder,
         kind=_kind(folder),
         certified=certified_by(folder, certificates) is not None,
-        standing=None if limit is None else _worst(evaluated.cost, limit, additional),
+        standing=_worst(evaluated.cost, limit, additional),
         prompts=evaluated.prompts,
         answers=evaluated.answers,
         max_new_tokens=evaluated.max_new_tokens,
@@ -297,19 +282,17 @@ def _recommended(rows: Mapping[str, ComparedPolicy], tested: bool) -> str | None
     return max(within, key=order, default=None)
 
 
-def _nearest(rows: Mapping[str, ComparedPolicy], limit: float | None) -> str | None:
+def _nearest(rows: Mapping[str, ComparedPolicy], limit: float) -> str | None:
     known = {
         name: _excess(row.cost, limit, row.additional) for name, row in rows.items() if row.cost
     }
     return min(known, key=lambda name: known[name], default=None)
 
 
-def _excess(
-    cost: Interval, limit: float | None, additional: Mapping[str, ComparedConstraint]
-) -> float:
+def _excess(cost: Interval, limit: float, additional: Mapping[str, ComparedConstraint]) -> float:
     """The upper end of cost; with additional constraints the largest excess of an upper end over
     its limit, in half widths."""
-    if not additional or limit is None:
+    if not additional:
         return cost.mean if cost.high is None else cost.high
     known = [
         _half_widths(kept.mean, kept.high, kept.limit)

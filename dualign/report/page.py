@@ -19,7 +19,6 @@ from markupsafe import Markup
 
 from dualign.core.artifacts import replacing
 from dualign.core.units import decoding_in_words
-from dualign.params.report import ReportParams
 from dualign.report import formatting
 from dualign.report.diagnosis import is_tilt
 from dualign.report.sections import (
@@ -74,18 +73,11 @@ SECTIONS: tuple[Callable[[FinishedRun], Section | None], ...] = (
 _TEMPLATES = Path(__file__).parent / "sections"
 
 
-def write(root: Path, params: ReportParams, out: Path) -> None:
-    """Write the page.
-
-    Args:
-        root: the repository root, which holds reports/ and data/.
-        params: the `report` section.
-        out: the HTML file to write; replaced whole.
-
-    Raises:
-        DualignError: an input is there but cannot be read, or `out` cannot be written.
+def write(run: FinishedRun, out: Path) -> None:
+    """Write the page to `out`, whole. Raises DualignError where an input is there but cannot be
+    read, or `out` cannot be written.
     """
-    html = _render(FinishedRun(root, params))
+    html = _render(run)
     with replacing(out) as temporary:
         temporary.write_text(html, encoding="utf-8")
 

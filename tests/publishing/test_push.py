@@ -243,7 +243,7 @@ def test_a_reference_certified_as_it_is_was_measured_once_and_either_folder_says
 ) -> None:
     write_run(run)
     params = certify(run, [-0.3], fallback="sft")
-    compared = compare(run, {"sft": "sft"}, params.certificates, 0.95)
+    compared = compare(run, params.model_copy(update={"policies": {"sft": "sft"}}))
     write_json(run / "reports/comparison.json", as_row(compared))
     for stage, of in (("prepare", PrepareParams), ("sft", SftParams), ("report", ReportParams)):
         write_provenance(run, stage, load(of, ROOT / "params.yaml").model_dump(mode="json"))
@@ -260,7 +260,7 @@ def test_a_merge_is_not_said_to_be_trained_for_what_it_stands_for(tmp_path: Path
     write_run(tmp_path)
     params = certify(tmp_path, [-0.6, -0.3])
     folders = {"certified": "certified/dualign", "dualign": "aligned/dualign"}
-    rows = compare(tmp_path, folders, params.certificates, 0.95).policies
+    rows = compare(tmp_path, params.model_copy(update={"policies": folders})).policies
     merged = "A merge of weight 1.5, to first order that for: "
     for name, said in (("certified", merged), ("dualign", "")):
         (tmp_path / "models" / folders[name]).mkdir(parents=True)
@@ -274,8 +274,9 @@ def test_a_merge_is_not_said_to_be_trained_for_what_it_stands_for(tmp_path: Path
 def test_the_objective_has_prices_of_other_limits_where_the_training_took_them(
     tmp_path: Path, priced: bool
 ) -> None:
-    write_run(tmp_path)
-    [row] = compare(tmp_path, {"dualign": "aligned/dualign"}, [], 0.95).policies.values()
+    params = write_run(tmp_path)
+    alone = params.model_copy(update={"policies": {"dualign": "aligned/dualign"}})
+    [row] = compare(tmp_path, alone).policies.values()
     (tmp_path / "models/aligned/dualign").mkdir(parents=True)
     (tmp_path / "models/aligned/dualign/README.md").write_text(f"{HEAD}\n# it\n")
     told = row.model_copy(update={"priced": priced, "additional": {"short": None}})

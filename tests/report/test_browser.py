@@ -12,6 +12,7 @@ import pytest
 from dualign.core.artifacts import read_json
 from dualign.params.report import ReportParams
 from dualign.report.page import write
+from dualign.report.sections.base import FinishedRun
 from tests.report.browser import CHROMIUM, Tab, chromium
 from tests.report.conftest import judge_run
 
@@ -30,7 +31,9 @@ def page(
     """The page of a run of which one answer is hostile, and its policies."""
     root, params = finished
     out = tmp_path_factory.mktemp("page") / "index.html"
-    write(root, params.model_copy(update={"sample_prompts": 96, "title": HOSTILE}), out)
+    write(
+        FinishedRun(root, params.model_copy(update={"sample_prompts": 96, "title": HOSTILE})), out
+    )
     return out, {
         name: read_json(root / f"reports/metrics/evaluate/{name}.json") for name in ALIGNED
     }
@@ -59,7 +62,7 @@ def judged_page(
     """The page of a run whose policies also answered suites that were judged."""
     root = tmp_path_factory.mktemp("judged") / "run"
     shutil.copytree(finished[0], root)
-    write(root, judge_run(root), root / "index.html")
+    write(FinishedRun(root, judge_run(root)), root / "index.html")
     return root / "index.html"
 
 

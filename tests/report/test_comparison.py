@@ -128,7 +128,7 @@ def test_a_gain_that_is_the_same_on_all_prompts_has_no_interval() -> None:
 
 def test_a_row_for_every_policy(run: Run) -> None:
     root, params = run
-    table = compare(root, params.policies, params.certificates, params.confidence)
+    table = compare(root, params)
     assert list(table.policies) == list(params.policies)
     assert table.missing == []
     json.dumps(as_row(table), allow_nan=False)
@@ -146,7 +146,7 @@ def test_a_row_for_every_policy(run: Run) -> None:
 
 def test_recommended_is_the_most_helpful_whose_whole_interval_is_within(run: Run) -> None:
     root, params = run
-    table = compare(root, params.policies, params.certificates, params.confidence)
+    table = compare(root, params)
     within = {}
     for name, row in table.policies.items():
         kept = all(k.high <= k.limit for k in row.additional.values())
@@ -171,7 +171,8 @@ def test_a_slack_limit_on_cost_leaves_the_additional_constraints(run: Run) -> No
         rare = {"mean": mean, "low": mean - 0.05, "high": mean + 0.05, "limit": 0.1}
         write_json(path, read_json(path) | {"additional": {"rare": rare}})
     policies = {name: params.policies[name] for name in shares}
-    table = compare(root, policies, params.certificates, params.confidence, limit=100.0)
+    slack = params.model_copy(update={"policies": policies, "limit": 100.0})
+    table = compare(root, slack)
     assert {row.standing for row in table.policies.values()} == {"over"}
     assert table.recommended is None and table.nearest == "dualign"
 
@@ -181,23 +182,23 @@ def test_a_certificate_of_a_row_that_params_no_longer_name_is_none(
 ) -> None:
     """DVC leaves its metrics where they are: they are about a limit and a policy of earlier."""
     root, params = certified([-0.6, -0.3])
-    table = compare(root, params.policies, params.certificates, params.confidence)
+    table = compare(root, params)
     assert list(table.certificates) == ["dualign"] and table.recommended == "certified"
     policies = {name: folder for name, folder in params.policies.items() if name != "certified"}
-    table = compare(root, policies, {}, params.confidence)
+    table = compare(root, params.model_copy(update={"policies": policies, "certificates": {}}))
     assert table.certificates == {}
     assert table.recommended is not None, "no certificate is asked for"
 
 
 def test_nothing_is_recommended_where_all_are_over(build: Callable[..., Run]) -> None:
     root, params = build(shift=1.0)
-    table = compare(root, params.policies, params.certificates, params.confidence)
+    table = compare(root, params)
     assert table.recommended is None
     for path in (root / "reports/metrics/evaluate").glob(
         "*.json"
     ):  # without additional constraints
         write_json(path, read_json(path) | {"additional": {}})
-    table = compare(root, params.policies, params.certificates, params.confidence)
+    table = compare(root, params)
     assert table.recommended is None
     assert table.nearest == min(table.policies, key=lambda n: table.policies[n].cost.high)
 
@@ -206,7 +207,7 @@ def test_with_certificates_only_a_certified_policy_is_recommended(
     certified: Callable[..., Run],
 ) -> None:
     root, params = certified([-0.6, -0.3, -0.1])
-    table = compare(root, params.policies, params.certificates, params.confidence)
+    table = compare(root, params)
     assert table.recommended == "certified" and table.policies["certified"].certified
     assert not table.policies["dualign"].certified and table.policies["certified"].trainings is None
     assert list(table.certificates) == ["dualign"]
@@ -220,13 +221,13 @@ def test_a_policy_that_a_certificate_returned_as_it_is_is_certified_where_it_lie
     named = {**params.policies, "certified": "certified/dualign"}
     both = ("certified/dualign", "safety_dpo/only")
     certify(root, [-0.6, 0.1])
-    table = compare(root, named, params.certificates, params.confidence)
+    table = compare(root, params.model_copy(update={"policies": named}))
     assert {row.folder for row in table.policies.values() if row.certified} == set(both)
     del named["certified"]
-    table = compare(root, named, params.certificates, params.confidence)
+    table = compare(root, params.model_copy(update={"policies": named}))
     assert table.recommended == "safety_only"
     certify(root, [-0.6, -0.3, 0.1])
-    table = compare(root, named, params.certificates, params.confidence)
+    table = compare(root, params.model_copy(update={"policies": named}))
     assert table.recommended is None, "a bolder candidate, a merge, was returned"
 
 
@@ -234,14 +235,14 @@ def test_of_equals_the_folder_that_certify_wrote_is_recommended(run: Run) -> Non
     root, params = run
     certify(root, [-0.6, 0.1], fallback="aligned/dualign")  # `certified` has dualign's answers
     named = {**params.policies, "certified": "certified/dualign"}
-    table = compare(root, named, params.certificates, params.confidence)
+    table = compare(root, params.model_copy(update={"policies": named}))
     assert table.policies["dualign"].reward == table.policies["certified"].reward
     assert table.policies["dualign"].certified and table.recommended == "certified"
 
 
 def test_without_a_certified_policy_none_is_recommended(certified: Callable[..., Run]) -> None:
     root, params = certified([-0.1])
-    table = compare(root, params.policies, params.certificates, params.confidence)
+    table = compare(root, params)
     assert table.recommended is None and table.missing == [] and table.uncertified == ["certified"]
     assert any(row.standing == "within" for row in table.policies.values())
 
@@ -261,7 +262,7 @@ def test_rows_hold_the_tilt_and_where_the_additional_constraints_stand(run: Run)
         old,
         {key: value for key, value in read_json(old).items() if key not in ("tilt", "additional")},
     )
-    rows = compare(root, params.policies, params.certificates, params.confidence).policies
+    rows = compare(root, params).policies
     assert (
         rows["dualign"].tilt == TiltRow(**read_json(path)["tilt"]) and rows["dualign"].tilt.r2 > 0.8
     )
@@ -277,22 +278,21 @@ def test_a_limit_of_which_no_answer_tells_is_not_shown_to_be_kept(run: Run) -> N
     for name in params.policies:
         path = root / f"reports/metrics/evaluate/{name}.json"
         write_json(path, read_json(path) | {"additional": {"rare": unknown}})
-    table = compare(root, params.policies, params.certificates, params.confidence)
+    table = compare(root, params)
     assert any(row.cost and row.cost.high <= table.limit for row in table.policies.values())
     assert table.recommended is None
     assert {row.standing for row in table.policies.values()} == {"unproven", "over"}
 
 
-def test_the_limit_is_the_duals_unless_given(run: Run) -> None:
+def test_the_limit_is_that_of_params_with_a_dual_or_without(run: Run) -> None:
     root, params = run
-    assert compare(root, params.policies, params.certificates, 0.95).limit == -0.15
-    assert (
-        compare(root, params.policies, params.certificates, 0.95, limit=5.0).recommended == "caid"
-    ), "others break additional constraints"
+    table = compare(root, params)
+    assert table.limit == -0.15
+    wide = compare(root, params.model_copy(update={"limit": 5.0}))
+    assert wide.recommended == "caid", "others break additional constraints"
     (root / "data/dual/dual.json").unlink()
-    unlimited = compare(root, params.policies, params.certificates, 0.95)
-    assert unlimited.limit is None and unlimited.recommended is None
-    assert {row.standing for row in unlimited.policies.values()} == {None}
+    without = compare(root, params)
+    assert without.limit == -0.15 and without.recommended == table.recommended
 
 
 def test_what_did_not_run_is_missing_or_null(run: Run) -> None:
@@ -302,7 +302,7 @@ def test_what_did_not_run_is_missing_or_null(run: Run) -> None:
     (root / "reports/evaluation/sft/answers.parquet").unlink()
     path = root / "reports/metrics/evaluate/caid.json"
     write_json(path, read_json(path) | {"reward": {"mean": None, "low": None, "high": None}})
-    table = compare(root, params.policies, params.certificates, params.confidence)
+    table = compare(root, params)
     assert table.missing == ["mocan"] and "mocan" not in table.policies
     assert table.policies["c_dpo"].trainings is None
     assert table.policies["dualign"].win_reward is None
@@ -369,4 +369,4 @@ def test_a_broken_file_is_named(run: Run) -> None:
     root, params = run
     (root / "reports/metrics/evaluate/mocan.json").write_text('{"reward": ')
     with pytest.raises(DualignError, match=r"mocan\.json:1: not valid JSON"):
-        compare(root, params.policies, params.certificates, params.confidence)
+        compare(root, params)

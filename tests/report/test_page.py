@@ -21,6 +21,7 @@ from dualign.core.errors import DualignError
 from dualign.params.report import ReportParams
 from dualign.report.formatting import number
 from dualign.report.page import write
+from dualign.report.sections.base import FinishedRun
 from tests.report.conftest import certify, report_params
 
 Run = tuple[Path, ReportParams]
@@ -85,7 +86,7 @@ class Page(HTMLParser):
 
 def render(root: Path, params: ReportParams) -> Page:
     out = root / "reports/index.html"
-    write(root, params, out)
+    write(FinishedRun(root, params), out)
     return Page(out.read_text(encoding="utf-8"))
 
 
@@ -93,7 +94,7 @@ def render(root: Path, params: ReportParams) -> Page:
 def page(finished: Run, tmp_path_factory: pytest.TempPathFactory) -> Page:
     """The page of the finished run as it is."""
     out = tmp_path_factory.mktemp("page") / "index.html"
-    write(*finished, out)
+    write(FinishedRun(*finished), out)
     return Page(out.read_text(encoding="utf-8"))
 
 

@@ -38,6 +38,7 @@ from dualign.params.base import Resources
 from dualign.params.certify import CertifyParams, CertifyRun, LabelParams, ScreenParams
 from dualign.params.evaluate import EvaluateParams
 from dualign.params.loading import check, load
+from dualign.params.report import ReportParams
 from dualign.report.comparison import compare
 from dualign.stage import Run
 from stages.certify import main
@@ -332,7 +333,8 @@ def test_no_certified_policy_is_a_result(
     evaluate(Run("evaluate", "it", params, resources))
     assert "models/certified/it holds no policy: none was certified" in caplog.text
     assert read_json("reports/metrics/evaluate/it.json") == {"policy": "it", "absent": True}
-    table = compare(Path(), {"it": "certified/it"}, ["it"], 0.95, limit=-100.0)
+    named = {"policies": {"it": "certified/it"}, "certificates": {"it": None}}
+    table = compare(Path(), load(ReportParams, ROOT / "params.yaml").model_copy(update=named))
     assert table.uncertified == ["it"] and table.missing == [] and table.policies == {}
     shutil.rmtree("models/certified/it")
     with pytest.raises(

@@ -72,10 +72,7 @@ class FinishedRun:
     @cached_property
     def comparison(self) -> Comparison:
         """Every evaluated policy."""
-        params = self.params
-        return compare(
-            self.root, params.policies, params.certificates, params.confidence, params.limit
-        )
+        return compare(self.root, self.params)
 
     @cached_property
     def answers(self) -> dict[str, pd.DataFrame]:

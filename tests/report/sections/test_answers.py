@@ -43,6 +43,6 @@ def test_the_page_holds_no_more_text_than_it_says(
     assert 10_000 < sum(map(len, texts)) <= 20_000
     assert section.values["left_out"] == 96 - len(prompts) > 0
     out = root / "reports/index.html"
-    write(root, params, out)
+    write(FinishedRun(root, params), out)
     told = f"{96 - len(prompts)} more prompts were wanted, but the page holds at most 20,000 char"
     assert told in out.read_text()

@@ -59,7 +59,7 @@ def test_categories_are_on_the_page_as_text(run: Run) -> None:
     root, params = run
     categorise(root, "caid")
     out = root / "reports/index.html"
-    write(root, params.model_copy(update={"sample_prompts": 96}), out)
+    write(FinishedRun(root, params.model_copy(update={"sample_prompts": 96})), out)
     html = out.read_text()
     assert 'id="categories"' in html and 'href="#categories"' in html
     assert HOSTILE not in html and "&lt;script&gt;alert(1)&lt;/script&gt;</th>" in html

@@ -58,7 +58,7 @@ def test_of_one_prompt_no_chance_is_told(run: Run) -> None:
         answers = read_table(path, ANSWERS)
         first = answers["prompt_id"] == answers["prompt_id"].iloc[0]
         write_parquet(path, answers[first], ANSWERS)
-    write(root, params, root / "page.html")
+    write(FinishedRun(root, params), root / "page.html")
     page = (root / "page.html").read_text()
     assert "nan" not in page and 'title="one prompt tells nothing of chance"' in page
 
@@ -80,7 +80,7 @@ def test_the_recommended_policy_is_open_or_else_the_reference(run: Run) -> None:
     values = shown(differences.section(FinishedRun(*run)))
     assert values["opened"] == FinishedRun(*run).comparison.recommended is not None
     out = run[0] / "index.html"
-    write(*run, out)
+    write(FinishedRun(*run), out)
     html = out.read_text()
     assert html.count('name="baseline" open') == 1
     assert "all 385 differences between 11 policies" in html and "in reward or 0." in html

@@ -42,7 +42,7 @@ def values(run: Run, row: dict[str, Any]) -> dict[str, Any]:
 
 def page(run: Run) -> str:
     """The text of the whole page."""
-    write(*run, run[0] / "index.html")
+    write(FinishedRun(*run), run[0] / "index.html")
     return (run[0] / "index.html").read_text()
 
 

@@ -35,7 +35,7 @@ def test_each_metric_is_a_row_of_the_page(run: Run) -> None:
     assert section is not None
     shown = [row["metric"].metric for row in section.values["results"]]
     assert shown == ["includes, accuracy", "acc", "acc_norm"]
-    write(root, params, root / "reports/index.html")
+    write(FinishedRun(root, params), root / "reports/index.html")
     html = (root / "reports/index.html").read_text()
     table = html[html.index('<table class="harness">') :].partition("</table>")[0]
     assert table.count("<tr>") == 1 + 3 and 'href="#harness"' in html
@@ -48,7 +48,7 @@ def test_a_model_named_as_markup_is_shown_as_text(run: Run, tmp_path: Path) -> N
     content = json.loads(LM_EVAL.read_text()) | {"model_name": HOSTILE}
     write_json(tmp_path / "hostile.json", content)
     imported(root, tmp_path / "hostile.json")
-    write(root, params, root / "reports/index.html")
+    write(FinishedRun(root, params), root / "reports/index.html")
     html = (root / "reports/index.html").read_text()
     assert HOSTILE not in html and "&lt;script&gt;alert(1)&lt;/script&gt;" in html
 

@@ -25,10 +25,7 @@ Run = tuple[Path, ReportParams]
 def keep(run: Run, name: str, shift: float = 0.0, **changes: Any) -> dict[str, Any]:
     """Put a comparison beside the run in which all costs of methods are higher by `shift`."""
     root, params = run
-    other = (
-        as_row(compare(root, params.policies, params.certificates, params.confidence, params.limit))
-        | changes
-    )
+    other = as_row(compare(root, params)) | changes
     for policy, row in other["policies"].items():
         if policy != "sft":
             row["cost"] = {key: value + shift for key, value in row["cost"].items()}
@@ -83,7 +80,7 @@ def test_a_policy_that_another_run_lacks_is_counted_where_it_is(run: Run) -> Non
     assert shown(seeds.section(FinishedRun(*run)))["others"] == ["9", "11"]
     rows = {row["name"]: row for row in shown(seeds.section(FinishedRun(*run)))["spread"]}
     assert rows["sacpo"]["there"] == 2 and rows["caid"]["there"] == 3
-    write(*run, run[0] / "index.html")
+    write(FinishedRun(*run), run[0] / "index.html")
     assert "sacpo is there in 2 of 3 runs" in (run[0] / "index.html").read_text()
 
 
@@ -114,7 +111,7 @@ def test_runs_of_another_question_are_left_out_and_told(run: Run) -> None:
         "loose.json has limit −1.15", "other.json has aligned/mine for policy sacpo"
     ]  # fmt: skip
     out = run[0] / "index.html"
-    write(*run, out)
+    write(FinishedRun(*run), out)
     html = out.read_text()
     assert "loose.json has limit −1.15" in html and "cost in each run against the limit" in html
 

@@ -77,7 +77,7 @@ def test_what_params_no_longer_name_is_passed_by(run: Run) -> None:
 def test_the_page_shows_them_as_text(run: Run) -> None:
     root, params = run
     judged(root, "tea", "tea (cut)")
-    write(root, naming(params, "tea"), root / "reports/index.html")
+    write(FinishedRun(root, naming(params, "tea")), root / "reports/index.html")
     html = (root / "reports/index.html").read_text()
     part = html[html.index('<table class="stopped">') :].partition("</table>")[0]
     assert 'href="#stopped"' in html and part.count("<tr>") == 1 + 2

@@ -41,7 +41,7 @@ def test_the_judge_that_policies_were_trained_on_is_named(judged: Run) -> None:
     others = {name: spec for name, spec in params.judges.items() if name != "ours"}
     independent = params.model_copy(update={"judges": others})
     assert shown(suites.section(FinishedRun(root, independent)))["trained"] == []
-    write(root, params, root / "page.html")
+    write(FinishedRun(root, params), root / "page.html")
     page = (root / "page.html").read_text()
     assert "<b>ours</b> scores by what the policies were trained on" in page
 
