@@ -6,7 +6,7 @@ cannot."""
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -76,17 +76,19 @@ def files(folder: Path) -> dict[str, str]:
 
 def check_files(folder: Path, recorded: Mapping[str, str], what: str) -> None:
     """Raises DataError for the first file of a model that is not as recorded; `what` names it."""
-    present = files(folder)
+    for name, how in changes(recorded, files(folder)):
+        raise DataError(f"{what} ({folder}) is not the one certified: {name} {how}")
+
+
+def changes(recorded: Mapping[str, str], present: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """The files whose hashes are not as recorded, and what became of each."""
     for name in sorted({*recorded, *present}):
-        if recorded.get(name) != present.get(name):
-            how = (
-                "is not recorded"
-                if name not in recorded
-                else "is missing"
-                if name not in present
-                else "sha256 differs"
-            )
-            raise DataError(f"{what} ({folder}) is not the one certified: {name}: {how}")
+        if name not in recorded:
+            yield name, "was added"
+        elif name not in present:
+            yield name, "is missing"
+        elif recorded[name] != present[name]:
+            yield name, "was changed"
 
 
 def relative(path: Path, folder: Path) -> str:

@@ -16,6 +16,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from dualign.certify.evidence import changes
 from dualign.core.artifacts import hashes, read_json, write_json
 from dualign.core.errors import DataError, ParamsError
 
@@ -43,7 +44,6 @@ def check(folder: Path, key: Path, signature: Path) -> None:
     content = read_json(signature)
     if not isinstance(content, dict) or content.keys() != {"algorithm", "files", "signature"}:
         raise DataError(f"{signature}: not a signature; write one with `dualign certify sign`")
-    files = hashes(folder)
     recorded = content["files"]
     if content["algorithm"] != _ALGORITHM or not isinstance(recorded, dict):
         raise DataError(f"{signature}: not a signature by {_ALGORITHM}")
@@ -51,16 +51,8 @@ def check(folder: Path, key: Path, signature: Path) -> None:
         _signature(recorded, key).encode(), str(content["signature"]).encode()
     ):
         raise DataError(f"{signature}: not signed with the key of {key}, or changed since")
-    for name in sorted({*files, *recorded}):
-        if files.get(name) != recorded.get(name):
-            how = (
-                "was added"
-                if name not in recorded
-                else "is missing"
-                if name not in files
-                else "was changed"
-            )
-            raise DataError(f"{folder / name} {how} since {signature} was written")
+    for name, how in changes(recorded, hashes(folder)):
+        raise DataError(f"{folder / name} {how} since {signature} was written")
 
 
 def _signature(found: Mapping[str, str], key: Path) -> str:

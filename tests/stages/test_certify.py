@@ -488,7 +488,8 @@ def test_costs_are_scored_again(resources: Resources, capsys: pytest.CaptureFixt
     assert rescore(found, path, 100.0, Path("elsewhere")) > 0
     (Path("elsewhere") / "scorer.json").write_text("{}")
     with pytest.raises(
-        DataError, match=r"the cost model .elsewhere. is not the one certified: scorer.json: sha256"
+        DataError,
+        match=r"the cost model .elsewhere. is not the one certified: scorer.json was changed",
     ):
         rescore(found, path, 100.0, Path("elsewhere"))
 
@@ -535,7 +536,7 @@ def test_a_copied_policy_is_not_the_certified_one(
         "models/safety_dpo/alone/model.safetensors", "models/certified/it/model.safetensors"
     )
     assert command.main(["verify"]) == 1
-    assert "is not the one certified: model.safetensors: sha256 differs" in capsys.readouterr().out
+    assert "is not the one certified: model.safetensors was changed" in capsys.readouterr().out
 
 
 SCREEN = ScreenParams(prompts=6, samples_per_prompt=2, tests=5, reweigh=True)
