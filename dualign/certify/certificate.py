@@ -201,11 +201,7 @@ def issue(
     counts, same = agreed(used, None if origin is None else origin.prompts, plan)
     limit = terms.max_new_tokens
     certificate = Certificate(
-        delta=terms.delta,
-        seed=terms.seed,
-        max_new_tokens=limit,
-        requirements=tuple(terms.requirements),
-        candidates=tuple(terms.candidates),
+        **vars(terms),
         tested=decision.tested,
         certified=decision.certified,
         returned=decision.returned,
@@ -213,7 +209,6 @@ def issue(
         samples_per_prompt=in_short(counts),
         drawn=drawers(plan, terms.candidates),
         same=same,
-        sampling_seeds=dict(terms.sampling_seeds),
         versions={package: version(package) for package in ("numpy", "scipy")},
         **_tables(used, screen, path.parent),
         **_origins(origin, used),
@@ -287,8 +282,6 @@ def agreed(
     tables = {name: evidence.read_answers(files.answers) for name, files in used.items()}
     for name, files in used.items():
         evidence.check_answers(tables[name], files.answers)
-        if files.labels is not None:
-            evidence.check_labels(evidence.read_labels(files.labels), tables[name], files.labels)
     counts = {
         name: evidence.samples_per_prompt(tables[name], files.answers)
         for name, files in used.items()

@@ -132,17 +132,11 @@ def effective_share(weight: np.ndarray) -> float:
     return float(weight.sum() ** 2 / (len(weight) * (weight**2).sum()))
 
 
-def weights_of(labels: pd.DataFrame, answers: pd.DataFrame, path: Path) -> np.ndarray:
-    """The weight of each labelled answer. Raises DataError where one is not the candidate's."""
-    by_answer = answers.drop_duplicates(list(_LABELLED)).set_index(list(_LABELLED))["weight"]
-    weights: np.ndarray = by_answer.reindex(
-        pd.MultiIndex.from_frame(labels[list(_LABELLED)])
-    ).to_numpy(float)
-    wrong = np.flatnonzero(np.isnan(weights))
-    if len(wrong):
-        raise DataError(
-            f"{path}: row {wrong[0]}: the labelled answer is none of the candidate's answers"
-        )
+def weights_of(labels: pd.DataFrame, answers: pd.DataFrame) -> np.ndarray:
+    """The weight of each labelled answer, which is one of the candidate's."""
+    keys = list(_LABELLED)
+    by_answer = answers.drop_duplicates(keys).set_index(keys)["weight"]
+    weights: np.ndarray = by_answer.reindex(pd.MultiIndex.from_frame(labels[keys])).to_numpy(float)
     return weights
 
 
@@ -168,6 +162,19 @@ def read_labels(path: Path) -> pd.DataFrame:
     labels = _read(path, LABELS)
     _check_whole(labels, LABELS.names, path, "label the answer, or leave the row out")
     return labels
+
+
+def check_labels(labels: pd.DataFrame, answers: pd.DataFrame, path: Path) -> None:
+    """Raises DataError where a label is on no answer of the candidate with that cost."""
+    check_ids(labels, path)
+    keys = list(_LABELLED)
+    given = set(answers[keys].itertuples(index=False, name=None))
+    for row, key in enumerate(labels[keys].itertuples(index=False, name=None)):
+        if key not in given:
+            raise DataError(
+                f"{path}: row {row}: the labelled answer to {key[0]} is none of the candidate's"
+                " answers"
+            )
 
 
 def _check_whole(frame: pd.DataFrame, names: Sequence[str], path: Path, remedy: str) -> None:
@@ -255,19 +262,6 @@ def check_ids(frame: pd.DataFrame, path: Path) -> None:
         if stated != ids[key]:
             raise DataError(
                 f"{path}: row {row}: prompt_id {stated} is not that of its prompt, {ids[key]}"
-            )
-
-
-def check_labels(labels: pd.DataFrame, answers: pd.DataFrame, path: Path) -> None:
-    """Raises DataError where a label is on no answer of the candidate with that cost."""
-    check_ids(labels, path)
-    keys = list(_LABELLED)
-    given = set(answers[keys].itertuples(index=False, name=None))
-    for row, key in enumerate(labels[keys].itertuples(index=False, name=None)):
-        if key not in given:
-            raise DataError(
-                f"{path}: row {row}: the labelled answer to {key[0]} is none of the candidate's"
-                " answers"
             )
 
 

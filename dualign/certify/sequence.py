@@ -68,6 +68,10 @@ class CandidateTest(WholeRecord):
     certified: bool
 
 
+#: The checks of a candidate, and its `ess`.
+Tested = tuple[tuple[Check, ...], float | None]
+
+
 @dataclass(frozen=True)
 class Decision:
     """The candidates that were tested, in order."""
@@ -118,10 +122,10 @@ def fixed_sequence(
         raise ParamsError(f"limit must be a finite number, got {limit}")
     required = Requirement(name="c", quantity="cost", limit=limit, method=method, bounds=bounds)
 
-    def test(candidate: tuple[str, Any, Any]) -> tuple[Check, ...]:
+    def test(candidate: tuple[str, Any, Any]) -> Tested:
         if len(candidate) != 3:
             raise DataError("a candidate is (name, costs, prompts), three things in a row")
-        return (_check(required, candidate[1], candidate[2], delta, seed),)
+        return (_check(required, candidate[1], candidate[2], delta, seed),), None
 
     return _until_failure(((candidate[0], candidate) for candidate in candidates), test)
 
@@ -137,41 +141,35 @@ def decide(
 
     Raises DataError, ParamsError as `fixed_sequence`."""
     check_delta(delta)
-    worth: dict[str, float] = {}
 
-    def test(name: str) -> tuple[Check, ...]:
+    def test(name: str) -> Tested:
         files = evidence_of(name)
         answers = evidence.read_answers(files.answers)
         checks = tuple(
             _test(required, answers, files.labels, delta, seed) for required in requirements
         )
-        if "weight" in answers:
-            worth[name] = evidence.effective_share(answers["weight"].to_numpy())
-        if worth.get(name, 1.0) < LEAST_ESS:
-            return tuple(check.model_copy(update={"kept": False}) for check in checks)
-        return checks
+        if "weight" not in answers:
+            return checks, None
+        ess = evidence.effective_share(answers["weight"].to_numpy())
+        if ess < LEAST_ESS:
+            checks = tuple(check.model_copy(update={"kept": False}) for check in checks)
+        return checks, ess
 
-    tests = _until_failure(((name, name) for name in candidates), test).tested
-    return Decision(
-        tuple(tested.model_copy(update={"ess": worth.get(tested.name)}) for tested in tests)
-    )
+    return _until_failure(((name, name) for name in candidates), test)
 
 
-def _until_failure(
-    candidates: Iterable[tuple[str, T]], test: Callable[[T], tuple[Check, ...]]
-) -> Decision:
+def _until_failure(candidates: Iterable[tuple[str, T]], test: Callable[[T], Tested]) -> Decision:
     tested: list[CandidateTest] = []
     for name, candidate in candidates:
         if name in {past.name for past in tested}:
             raise DataError(f"candidate {name!r} stands in the order twice")
         try:
-            checks = test(candidate)
+            checks, ess = test(candidate)
         except DataError as error:
             raise DataError(f"candidate {name!r}: {error}") from error
-        tested.append(
-            CandidateTest(name=name, checks=checks, certified=all(check.kept for check in checks))
-        )
-        if not tested[-1].certified:
+        certified = all(check.kept for check in checks)
+        tested.append(CandidateTest(name=name, ess=ess, checks=checks, certified=certified))
+        if not certified:
             break
     if not tested:
         raise DataError("no candidates to certify")
@@ -189,9 +187,10 @@ def _test(
     if labels is None:
         raise DataError(f"{required.name} needs labels of its answers, and none are recorded")
     labelled = evidence.read_labels(labels)
+    evidence.check_labels(labelled, answers, labels)
     if "weight" not in answers:
         return _check_labels(required, answers, labelled, delta)
-    weight = evidence.weights_of(labelled, answers, labels)
+    weight = evidence.weights_of(labelled, answers)
     weighted = {
         key: required.weighted(labelled[key].to_numpy(float), weight) for key in ("cost", "truth")
     }

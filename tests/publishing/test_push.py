@@ -220,7 +220,9 @@ def test_the_certificate_is_the_one_that_came_with_the_policy(run: Path) -> None
     write_json(run / "reports/certificate/strict/certificate.json", issued.model_dump())
     assert published(run, "certified/strict").certificate == found
     (run / "models/certified/strict/config.json").write_text("{}")
-    with pytest.raises(DataError, match=r"not the one certified: config\.json was changed; run certify"):
+    with pytest.raises(
+        DataError, match=r"not the one certified: config\.json was changed; run certify"
+    ):
         published(run, "certified/strict")
 
 
