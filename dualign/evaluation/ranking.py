@@ -204,14 +204,11 @@ def _check(battles: pd.DataFrame) -> None:
 # --- win rates ------------------------------------------------------------------------------------
 
 
-def battles_against(
-    verdicts: pd.DataFrame, reference: str, lengths: pd.DataFrame | None = None
-) -> pd.DataFrame:
+def battles_against(verdicts: pd.DataFrame, reference: str) -> pd.DataFrame:
     """The verdicts of a judge that compared answers with those of a policy `reference`, as battles.
 
     `verdicts` has columns `policy`, `prompt_id`, `sample` and `win` (1, 0, 1/2, or null for a
-    failure, which is no battle); `lengths` the length of every answer by `policy`, `prompt_id` and
-    `sample`.
+    failure, which is no battle).
 
     >>> rows = pd.DataFrame({"policy": "a", "prompt_id": [1, 2], "sample": 0, "win": [1.0, None]})
     >>> battles_against(rows, "ref")["score"].tolist()
@@ -219,18 +216,15 @@ def battles_against(
     """
     good = verdicts.dropna(subset=["win"])
     columns = {"policy": "first", "win": "score"}
-    battles = good.rename(columns=columns).assign(second=reference).reset_index(drop=True)
-    return battles if lengths is None else _with_lengths(battles, lengths)
+    return good.rename(columns=columns).assign(second=reference).reset_index(drop=True)
 
 
-def battles_by_score(
-    scores: pd.DataFrame, column: str, lengths: pd.DataFrame | None = None, *, more: bool = True
-) -> pd.DataFrame:
+def battles_by_score(scores: pd.DataFrame, column: str, *, more: bool = True) -> pd.DataFrame:
     """All policies against each other by a judge's scores of single answers: those to the same
     prompt with the same `sample` meet, and the higher `column` wins, or the lower unless `more`.
 
     `scores` has columns `policy`, `prompt_id`, `sample` and `column`, null for a failure, which
-    meets nobody; `lengths` as in `battles_against`.
+    meets nobody.
 
     >>> rows = pd.DataFrame({"policy": ["a", "b"], "prompt_id": 1, "sample": 0, "cost": [2.0, 1.0]})
     >>> battles_by_score(rows, "cost", more=False)[["first", "second", "score"]].values.tolist()
@@ -240,7 +234,7 @@ def battles_by_score(
     met = known.merge(known, on=["prompt_id", "sample"], suffixes=("_first", "_second"))
     met = met[met["policy_first"] < met["policy_second"]].reset_index(drop=True)
     lead = np.sign(met[f"{column}_first"].astype(float) - met[f"{column}_second"].astype(float))
-    battles = pd.DataFrame(
+    return pd.DataFrame(
         {
             "first": met["policy_first"],
             "second": met["policy_second"],
@@ -249,15 +243,22 @@ def battles_by_score(
             "score": 0.5 + lead / 2 if more else 0.5 - lead / 2,
         }
     )
-    return battles if lengths is None else _with_lengths(battles, lengths)
 
 
-def _with_lengths(battles: pd.DataFrame, lengths: pd.DataFrame) -> pd.DataFrame:
-    """Battles with the length of both answers."""
+def with_lengths(battles: pd.DataFrame, lengths: pd.DataFrame) -> pd.DataFrame:
+    """Battles with the length of both answers; `lengths` has that of each by `policy`, `prompt_id`
+    and `sample`.
+
+    >>> battle = pd.DataFrame({"first": ["a"], "second": ["b"], "prompt_id": [1], "sample": [0]})
+    >>> rows = pd.DataFrame({"policy": ["a", "b"], "prompt_id": 1, "sample": 0, "length": [7, 9]})
+    >>> with_lengths(battle, rows)[["length_first", "length_second"]].values.tolist()
+    [[7.0, 9.0]]
+    """
     by_answer = lengths.set_index(["policy", "prompt_id", "sample"])["length"]
     for side in ("first", "second"):
         keys = zip(battles[side], battles["prompt_id"], battles["sample"], strict=True)
-        battles[f"length_{side}"] = by_answer.reindex(list(keys)).to_numpy(float)
+        found = by_answer.reindex(list(keys)).to_numpy(float)
+        battles = battles.assign(**{f"length_{side}": found})
     return battles
 
 

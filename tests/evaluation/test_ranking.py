@@ -25,6 +25,7 @@ from dualign.evaluation.ranking import (
     rank,
     win_rate,
     wins_by_prompt,
+    with_lengths,
 )
 from dualign.evaluation.stats import redrawn
 
@@ -221,7 +222,7 @@ def test_verdicts_become_battles_with_the_lengths_of_both_answers() -> None:
             }.items()
         ]
     )
-    battles = battles_against(verdicts, "ref", lengths)
+    battles = with_lengths(battles_against(verdicts, "ref"), lengths)
     columns = ["first", "second", "score", "length_first", "length_second"]
     assert battles[columns].to_numpy().tolist() == [
         ["a", "ref", 1.0, 7.0, 3.0],
@@ -242,7 +243,7 @@ def test_by_scores_every_two_answers_to_a_prompt_meet_once(more: bool) -> None:
     scores = pd.DataFrame(rows).astype({"reward": float})
     scores.loc[5, "reward"] = None
     lengths = scores.assign(length=np.arange(len(scores)))
-    battles = battles_by_score(scores, "reward", lengths, more=more)
+    battles = with_lengths(battles_by_score(scores, "reward", more=more), lengths)
     known = scores.dropna().set_index(["policy", "prompt_id", "sample"])["reward"]
     assert len(battles) == 3 * 8 - 2, "an answer without a score meets nobody"
     place = lengths.set_index(["policy", "prompt_id", "sample"])["length"]
@@ -268,7 +269,7 @@ def rate_by_scikit_learn(battles: pd.DataFrame, weight: np.ndarray) -> float:
 @pytest.mark.parametrize("alike", [1, 4])
 def test_the_error_at_equal_length_is_that_of_drawing_prompts_anew(alike: int) -> None:
     """Four battles that end alike are no more than one; a fit for each draw of 120 prompts."""
-    battles = with_lengths(4, 120, theta=0.2, phi=0.8, longer=0.2)
+    battles = liking_length(4, 120, theta=0.2, phi=0.8, longer=0.2)
     battles.loc[:9, "score"] = 0.5
     drawn = redrawn(np.random.default_rng(0), 120, 300)
     rates = [rate_by_scikit_learn(battles, weight) for weight in drawn]
@@ -285,20 +286,20 @@ def test_the_interval_at_equal_length_holds_the_truth_where_few_battles_are_lost
     """Two or three of 48: the quantiles of draws of prompts held it 79 times in 100."""
     held = []
     for seed in range(300):
-        battles = with_lengths(seed, 48, theta=logit(0.95), phi=0.0, longer=0.0)
+        battles = liking_length(seed, 48, theta=logit(0.95), phi=0.0, longer=0.0)
         found = length_controlled_win_rate(battles, "a", "b")
         held.append(found.low <= 0.95 <= found.high)
     assert np.mean(held) > 0.93
 
 
 def test_an_answer_without_a_length_is_told() -> None:
-    battles = with_lengths(0, 5, theta=0.0, phi=0.0, longer=0.0)
+    battles = liking_length(0, 5, theta=0.0, phi=0.0, longer=0.0)
     battles.loc[2, "length_first"] = None
     with pytest.raises(DataError, match="some answers have no length"):
         length_controlled_win_rate(battles, "a", "b")
 
 
-def with_lengths(seed: int, count: int, theta: float, phi: float, longer: float) -> pd.DataFrame:
+def liking_length(seed: int, count: int, theta: float, phi: float, longer: float) -> pd.DataFrame:
     """A judge that likes length: answers of the first are longer by `longer` on average."""
     generator = np.random.default_rng(seed)
     gap = generator.normal(longer, 1, count)
@@ -317,7 +318,7 @@ def with_lengths(seed: int, count: int, theta: float, phi: float, longer: float)
 
 
 def test_at_equal_length_the_judges_liking_for_length_is_gone() -> None:
-    battles = with_lengths(0, 4000, theta=-0.4, phi=1.5, longer=1.0)
+    battles = liking_length(0, 4000, theta=-0.4, phi=1.5, longer=1.0)
     raw = win_rate(battles, "a", "b").rate.mean
     found = length_controlled_win_rate(battles, "a", "b")
     assert raw > 0.55
@@ -326,7 +327,7 @@ def test_at_equal_length_the_judges_liking_for_length_is_gone() -> None:
 
 
 def test_the_rate_is_the_minimum_of_the_penalised_likelihood() -> None:
-    battles = with_lengths(1, 80, theta=0.3, phi=0.5, longer=0.3)
+    battles = liking_length(1, 80, theta=0.3, phi=0.5, longer=0.3)
     battles.loc[:9, "score"] = 0.5
     gap = (battles["length_first"] - battles["length_second"]).to_numpy()
     feature = np.tanh(gap / gap.std())
@@ -343,7 +344,7 @@ def test_the_rate_is_the_minimum_of_the_penalised_likelihood() -> None:
 
 
 def test_without_a_difference_of_length_it_is_the_win_rate() -> None:
-    battles = with_lengths(2, 50, theta=0.5, phi=0.0, longer=0.0)
+    battles = liking_length(2, 50, theta=0.5, phi=0.0, longer=0.0)
     battles = battles.assign(length_first=5, length_second=5)
     found = length_controlled_win_rate(battles, "a", "b")
     assert found.mean == pytest.approx(battles["score"].mean(), abs=1e-4)
@@ -354,7 +355,7 @@ def test_battles_that_end_alike_do_so_at_equal_length_and_are_no_more_than_they_
     score: float,
 ) -> None:
     """Draws of prompts have no spread then: 20 wins of 20 are no 100 % for sure."""
-    battles = with_lengths(3, 20, theta=0.0, phi=0.0, longer=0.0).assign(score=score)
+    battles = liking_length(3, 20, theta=0.0, phi=0.0, longer=0.0).assign(score=score)
     found = length_controlled_win_rate(battles, "a", "b")
     assert found.mean == score
     assert found == win_rate(battles, "a", "b").rate

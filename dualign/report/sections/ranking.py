@@ -14,6 +14,7 @@ from dualign.evaluation.ranking import (
     length_controlled_win_rate,
     rank,
     win_rate,
+    with_lengths,
 )
 from dualign.evaluation.stats import Estimate
 from dualign.report.charts import svg
@@ -53,21 +54,21 @@ def rankings(verdicts: pd.DataFrame, lengths: pd.DataFrame, confidence: float) -
     `apart`: there are others, who met none of these and have a table of their own."""
     tables = []
     for judge, rows in verdicts.groupby("judge", sort=False):
-        for what, battles in _battles(rows, lengths):
-            met = groups(battles)
+        for what, battles in _battles(rows):
+            met = groups(with_lengths(battles, lengths))
             named = {"judge": judge, "what": what, "apart": len(met) > 1}
             tables += [{**named, "rows": _ranked(group, confidence)} for group in met]
     return tables
 
 
-def _battles(rows: pd.DataFrame, lengths: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
+def _battles(rows: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
     keys = {measure.key for measure in known_scores(rows)}
     if "win" in keys:
-        yield "preference of pairs", battles_against(rows, REFERENCE, lengths)
+        yield "preference of pairs", battles_against(rows, REFERENCE)
     if "reward" in keys:
-        yield "more reward wins", battles_by_score(rows, "reward", lengths)
+        yield "more reward wins", battles_by_score(rows, "reward")
     if "cost" in keys:
-        yield "less cost wins", battles_by_score(rows, "cost", lengths, more=False)
+        yield "less cost wins", battles_by_score(rows, "cost", more=False)
 
 
 def _ranked(battles: pd.DataFrame, confidence: float) -> list[Row]:
