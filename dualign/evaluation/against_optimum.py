@@ -25,11 +25,7 @@ def add_truth(answers: pd.DataFrame) -> pd.DataFrame:
         world.score(last_user_text(p), text)
         for p, text in zip(answers["prompt"], answers["response"], strict=True)
     ]
-    return answers.assign(
-        true_reward=[row[0] for row in scored],
-        true_cost=[row[1] for row in scored],
-        grammatical=[row[2] for row in scored],
-    )
+    return answers.assign(**pd.DataFrame(scored, answers.index, _TRUTH))
 
 
 def means(answers: pd.DataFrame, confidence: float = 0.95) -> dict[str, dict[str, float]]:

@@ -14,7 +14,7 @@ nats a token), and how much of the policy is such a tilt at all (R^2). All array
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -84,17 +84,11 @@ def tilt_on(samples: pd.DataFrame, log_ratio: Array) -> Tilt:
 
 def _tilt(slopes: Array, covariance: Array, r2: float | None) -> Tilt:
     """Slopes and, by the delta method, beta_eff = 1 / a, lam_eff = -b / a (a of r, b of c)."""
-    a, b, s = map(float, slopes)
+    a, b, length = map(float, slopes)
     errors = [float(error) for error in np.sqrt(np.maximum(np.diag(covariance), 0))]
-    slopes_only = Tilt(a, b, s, errors[0], errors[1], errors[2], None, None, None, None, r2)
+    known = (a, b, length, errors[0], errors[1], errors[2])
     if a <= 0:
-        return slopes_only
+        return Tilt(*known, None, None, None, None, r2)
     gradient = np.array([b / a**2, -1 / a])
     lam_error = math.sqrt(max(0.0, float(gradient @ covariance[:2, :2] @ gradient)))
-    return replace(
-        slopes_only,
-        beta_eff=1 / a,
-        beta_eff_se=errors[0] / a**2,
-        lam_eff=-b / a,
-        lam_eff_se=lam_error,
-    )
+    return Tilt(*known, 1 / a, errors[0] / a**2, -b / a, lam_error, r2)

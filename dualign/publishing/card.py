@@ -6,7 +6,6 @@ only a finished run knows: the table of the evaluation, the certificate, and the
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from dualign.certify.certificate import CERTIFICATES, FILE, read
 from dualign.certify.evidence import check_files
 from dualign.core.errors import DataError
 from dualign.core.records import (
+    AdapterConfig,
     Certified,
     ComparedPolicy,
     Comparison,
@@ -372,4 +372,4 @@ def _rank(policy: Path) -> int:
     config = adapter_in(policy) / "adapter_config.json"
     if not config.is_file():
         raise DataError(f"{policy}: has no adapter (rank 0 trains all weights); push it whole")
-    return int(json.loads(config.read_text())["r"])
+    return read_record(config, AdapterConfig).r
