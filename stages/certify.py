@@ -76,7 +76,7 @@ def main(run: Run[CertifyParams]) -> None:
     scorers = Scorers.load(run.resources)
 
     seen = screened_once(row, required, params, scorers, scratch)
-    plan = None if seen is None else screening.sequence(screening.read(seen))
+    plan = None if seen is None else screening.sequence(read_record(seen, screening.Screen))
     row = row if plan is None else row.model_copy(update={"weights": list(plan.weights)})
     candidates = candidate_policies(row, MODELS, scratch)
     evidence = CandidateEvidence(

@@ -68,15 +68,13 @@ class CandidatePolicy:
 
 def candidate_policies(row: CertifyRun, models: Path, scratch: Path) -> dict[str, CandidatePolicy]:
     """The candidates of a row by name, safest first: fallback, then the policy at each weight."""
-    policies = {}
-    for name, q in order(row).items():
-        if name == row.fallback != row.policy:
-            policy = CandidatePolicy(models / name, models / name, 1.0, scratch / "fallback")
-        else:
-            policy = CandidatePolicy(
-                models / row.policy, models / row.partner, q, scratch / f"at-{q:g}"
-            )
-        policies[name] = policy
+    policy, partner, fallback = (models / name for name in (row.policy, row.partner, row.fallback))
+    policies = {
+        name: CandidatePolicy(policy, partner, q, scratch / f"at-{q:g}")
+        for name, q in order(row).items()
+    }
+    if fallback != policy:
+        policies[row.fallback] = CandidatePolicy(fallback, fallback, 1.0, scratch / "fallback")
     return policies
 
 

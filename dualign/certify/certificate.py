@@ -27,7 +27,7 @@ from dualign.certify.requirement import Requirement
 from dualign.certify.sequence import CandidateTest, decide
 from dualign.core.artifacts import read_json, write_json
 from dualign.core.errors import DataError
-from dualign.core.records import WholeRecord, fault
+from dualign.core.records import WholeRecord, fault, read_record
 from dualign.core.units import decoding_in_words, telling_digits
 from dualign.params.base import Share
 from dualign.params.certify import CertifyRun
@@ -307,7 +307,7 @@ def drawers(plan: screening.Planned | None, candidates: Sequence[str]) -> tuple[
 
 def planned(screen: Path, candidates: Sequence[str]) -> screening.Planned:
     """What follows from a screen. Raises DataError for another number of candidates."""
-    plan = screening.sequence(screening.read(screen))
+    plan = screening.sequence(read_record(screen, screening.Screen))
     if len(plan.samples) != len(candidates):
         raise DataError(
             f"{screen}: {len(plan.samples)} candidates follow from it, and {len(candidates)} are"

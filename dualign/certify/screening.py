@@ -9,18 +9,15 @@ forecast costs power, never the level: the certify prompts have no part in it.""
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from pydantic import Field, FiniteFloat, ValidationError
+from pydantic import Field, FiniteFloat
 from scipy.optimize import isotonic_regression
 from scipy.special import logsumexp
 from scipy.stats import norm
 
-from dualign.core.artifacts import read_json
-from dualign.core.errors import DataError
-from dualign.core.records import WholeRecord, fault
+from dualign.core.records import WholeRecord
 
 Array = np.ndarray
 
@@ -97,15 +94,6 @@ class Planned(NamedTuple):
     samples: tuple[int, ...]
     own: int
     drawn: tuple[int, ...]
-
-
-def read(path: Path) -> Screen:
-    """The screen in a file. Raises DataError, naming the first key that is wrong."""
-    try:
-        return Screen.model_validate(read_json(path))
-    except ValidationError as error:
-        why = fault(error, "the content")
-        raise DataError(f"{path}: not a screen: {why}; run certify again") from None
 
 
 def seen(name: str, limit: float, values: Array) -> Seen:

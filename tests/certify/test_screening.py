@@ -20,12 +20,12 @@ from dualign.certify.screening import (
     levels,
     overlap,
     parting,
-    read,
     seen,
     sequence,
 )
 from dualign.core.artifacts import write_json
 from dualign.core.errors import DataError
+from dualign.core.records import read_record
 
 
 def knot(
@@ -198,9 +198,7 @@ def test_noise_of_the_screen_does_not_turn_the_order() -> None:
 
 def test_a_file_that_is_no_screen_is_named(tmp_path: Path) -> None:
     write_json(tmp_path / "screen.json", screen(*PATH).model_dump())
-    assert read(tmp_path / "screen.json") == screen(*PATH)
+    assert read_record(tmp_path / "screen.json", Screen) == screen(*PATH)
     write_json(tmp_path / "screen.json", screen(*PATH).model_dump() | {"tests": 0})
-    with pytest.raises(
-        DataError, match=r"screen\.json: not a screen: tests: .*; run certify again"
-    ):
-        read(tmp_path / "screen.json")
+    with pytest.raises(DataError, match=r"screen\.json: tests: .*; run the stage that wrote it"):
+        read_record(tmp_path / "screen.json", Screen)

@@ -28,6 +28,7 @@ from dualign.certify.rescoring import rescore
 from dualign.certify.verification import verify
 from dualign.core.artifacts import read_json, sha256, write_json, write_parquet
 from dualign.core.errors import AwaitingLabels, DataError, DualignError
+from dualign.core.records import read_record
 from dualign.core.schema import ANSWERS, LABELS, PROMPTS, prompt_id, read_table, user
 from dualign.data import world
 from dualign.evaluation.stats import clustered_mean
@@ -560,7 +561,7 @@ def test_a_screened_path_is_tested_by_one_draw(resources: Resources) -> None:
     """
     main(screened_run(resources))
     found = verify("reports/certificate/it/certificate.json")
-    screen = screening.read(Path("reports/certificate/it/screen.json"))
+    screen = read_record(Path("reports/certificate/it/screen.json"), screening.Screen)
     plan = screening.sequence(screen)
     assert (
         found.plan is not None
