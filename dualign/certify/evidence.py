@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import combinations
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -142,18 +142,16 @@ def weights_of(labels: pd.DataFrame, answers: pd.DataFrame) -> np.ndarray:
 
 def check_drawn(tables: Mapping[str, pd.DataFrame]) -> None:
     """Raises DataError where candidates judged by another's answers have different ones."""
-    drawn = {name: answers for name, answers in tables.items() if DRAWN in answers}
     ordered = {
-        name: answers[list(_DRAWN_ALIKE)].sort_values(["prompt_id", "sample"], ignore_index=True)
-        for name, answers in drawn.items()
+        name: _in_order(answers, _DRAWN_ALIKE)
+        for name, answers in tables.items()
+        if DRAWN in answers
     }
-    first = next(iter(ordered), None)
-    for name, answers in ordered.items():
-        if first is not None and not answers.equals(ordered[first]):
+    for (one, its), (other, others) in pairwise(ordered.items()):
+        if not its.equals(others):
             raise DataError(
-                f"candidates {first!r} and {name!r} are judged by answers that another policy drew,"
-                " and "
-                "these are not the same ones"
+                f"candidates {one!r} and {other!r} are judged by answers that another policy drew,"
+                " and these are not the same ones"
             )
 
 
@@ -288,7 +286,7 @@ def same(tables: Mapping[str, pd.DataFrame]) -> tuple[tuple[str, str], ...]:
 
     They are one policy, or next to it, as merges of policies that hardly differ are; or one was
     copied from the other."""
-    ordered = {name: _identity(answers) for name, answers in tables.items()}
+    ordered = {name: _in_order(answers, _IDENTITY) for name, answers in tables.items()}
     return tuple(
         (one, other)
         for one, other in combinations(tables, 2)
@@ -296,8 +294,8 @@ def same(tables: Mapping[str, pd.DataFrame]) -> tuple[tuple[str, str], ...]:
     )
 
 
-def _identity(answers: pd.DataFrame) -> pd.DataFrame:
-    return answers[list(_IDENTITY)].sort_values(["prompt_id", "sample"], ignore_index=True)
+def _in_order(answers: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
+    return answers[list(columns)].sort_values(["prompt_id", "sample"], ignore_index=True)
 
 
 def check_prompts(file: Path, answers: pd.DataFrame) -> None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
 
-from dualign.core.schema import Message
+from dualign.core.schema import characters
 from dualign.report.comparison import REFERENCE
 from dualign.report.sections.base import FinishedRun, Row, Section, ShownPolicy
 
@@ -48,13 +47,9 @@ def _ranked(run: FinishedRun, first: dict[str, pd.DataFrame]) -> list[str]:
 def _sizes(first: dict[str, pd.DataFrame], prompts: list[str]) -> dict[str, int]:
     """Characters of each prompt with all answers to it."""
     frames = list(first.values())
-    turns = frames[0].loc[prompts, "prompt"].map(_characters)
+    turns = frames[0].loc[prompts, "prompt"].map(characters)
     answers = sum(frame.loc[prompts, "response"].fillna("").str.len() for frame in frames)
     return {identity: int(size) for identity, size in (turns + answers).items()}
-
-
-def _characters(turns: Sequence[Message]) -> int:
-    return sum(len(turn["content"]) for turn in turns)
 
 
 def _fitting(prompts: list[str], count: int, sizes: dict[str, int]) -> list[str]:

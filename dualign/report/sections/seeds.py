@@ -21,8 +21,6 @@ from dualign.report.sections.base import FinishedRun, Row, Section
 
 #: How many stages of other params a notice names.
 _NAMED = 3
-
-
 #: The policies of a run by name.
 Policies = dict[str, ComparedPolicy]
 
