@@ -362,10 +362,14 @@ def _keep_head(path: str | Path, model: PreTrainedModel) -> None:
         config.tie_word_embeddings = False
 
 
+def not_finite(model: torch.nn.Module) -> list[str]:
+    """Names of the weights that hold NaN or infinity."""
+    weights = model.named_parameters()
+    return [name for name, weight in weights if not bool(torch.isfinite(weight).all())]
+
+
 def _check_finite(path: str | Path, model: torch.nn.Module) -> None:
-    bad = [
-        name for name, weight in model.named_parameters() if not bool(torch.isfinite(weight).all())
-    ]
+    bad = not_finite(model)
     if bad:
         raise ModelError(
             f"{path}: {_some(bad)} hold NaN or infinite weights; take another checkpoint"

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PrinterCallback, TrainerState
 from dualign.core import ranks
 from dualign.core.artifacts import faults_told, read_json, write_json
 from dualign.core.errors import DataError, ParamsError, TrainingError
-from dualign.lm.loading import check_context
+from dualign.lm.loading import check_context, not_finite
 from dualign.lm.models import is_sharded
 from dualign.lm.numerics import device_of, precision_of
 from dualign.params.base import Resources, TrainingParams
@@ -108,7 +108,9 @@ def micro_batch(job: Job) -> int:
 
 
 def run(trainer: Any, job: Job) -> Metrics:
-    """Train, from the last whole checkpoint if there is one; refuse a loss that is not finite."""
+    """Train, from the last whole checkpoint if there is one; refuse a loss that is not finite, and
+    weights that are not after the last step, of which no loss tells.
+    """
     check_context(trainer.model, job.training.max_length, _LENGTH)
     if ranks.world() > 1:
         set_seed(job.seed, device_specific=True)  # or all would drop out the same
@@ -151,6 +153,11 @@ def run(trainer: Any, job: Job) -> Metrics:
     ]
     if not all(math.isfinite(loss) for loss in seen):
         raise TrainingError("the training loss became NaN or infinite; lower the learning rate")
+    if bad := not_finite(trainer.whole):
+        raise TrainingError(
+            f"the last step left weights NaN or infinite ({len(bad)} tensors, {bad[0]} the first);"
+            " lower the learning rate"
+        )
     last: Metrics = next((entry for entry in reversed(state.log_history) if "loss" in entry), {})
     shown: Metrics = {
         key: last[key] for key in ("accuracy", "abs_logit", "log_ratio") if key in last

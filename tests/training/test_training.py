@@ -32,7 +32,7 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from dualign import PairwiseConfig, PairwiseTrainer
 from dualign.core import work
-from dualign.core.errors import DataError, DualignError, ModelError, ParamsError
+from dualign.core.errors import DataError, DualignError, ModelError, ParamsError, TrainingError
 from dualign.core.schema import user
 from dualign.data import world
 from dualign.lm import packing
@@ -1291,3 +1291,17 @@ def test_a_loss_that_explodes_stops_the_run(
             PairLossConfig(1.0, 1.0),
             changed(job, max_steps=2, log_steps=log_steps),
         )
+
+
+def test_weights_that_the_last_step_breaks_stop_the_run(
+    kind: tuple[Start, Train], job: Job
+) -> None:
+    """A gradient can overflow where the loss does not, and no later loss tells of the last one."""
+    start, train = kind
+    model = start()
+    trained = next(weight for weight in model.parameters() if weight.requires_grad)
+    trained.register_hook(lambda gradient: gradient + math.inf)
+    last = changed(job, max_steps=1, warmup=0.0)
+    for trainee in (model, start()):  # the second goes on from a checkpoint, which holds them
+        with pytest.raises(TrainingError, match="the last step left weights NaN or infinite"):
+            train(trainee, last)
