@@ -242,13 +242,16 @@ def pool_pairs(
     `value` has shape [prompts, samples]: V_lambda(x) in each sample's anchor r - lambda c -
     V_lambda(x) and in its weight exp(anchor / beta) pi_ref / pi_drawn. It must not contain the
     sample's own score: then a weight is in expectation proportional to the density ratio at its
-    answer, while a softmax over few samples flattens the target. `scale` multiplies r - lambda c in
-    the label only. Pairs of identical answers carry no preference but keep their anchors."""
+    answer, while a softmax over few samples flattens the target. The mean of N weights is 1 in
+    expectation, so none counts for more than N: what the likelihood's minimiser is then is
+    min(pi_lambda, N pi_drawn), up to a factor. `scale` multiplies r - lambda c in the label only.
+    Pairs of identical answers carry no preference but keep their anchors."""
     rng = np.random.default_rng(seed)
     tilt = samples.reward - lam * samples.cost
     anchor = tilt - value
     # pi_lambda / (the policy that drew the samples)
-    ratio = np.exp(anchor / beta + samples.logp_ref - samples.logp)
+    log_ratio = anchor / beta + samples.logp_ref - samples.logp
+    ratio = np.exp(np.minimum(log_ratio, math.log(log_ratio.size)))
     pairs = []
     for x, prompt in enumerate(samples.prompts):
         order = rng.permutation(tilt.shape[1])

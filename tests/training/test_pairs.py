@@ -35,7 +35,7 @@ from dualign.training.pairs import (
     with_offset,
     with_safe_flags,
 )
-from dualign.training.pairwise import Pair
+from dualign.training.pairwise import Pair, pair_dataset
 from tests.tiny import TINY, short_training
 
 QUESTIONS = [world.prompts()[0], world.prompts()[3000]]
@@ -287,7 +287,7 @@ def test_pool_pairs_use_every_sample_once_with_its_label_and_anchor() -> None:
         (x, i) for x in range(2) for i in range(8)
     ]
     tilt = pool.reward - lam * pool.cost
-    ratio = np.exp((tilt - value) / beta)
+    ratio = np.exp((tilt - value) / beta).clip(max=16)  # as many as there are samples
     for pair in pairs:
         (x, i), (z, j) = pair.first, pair.second
         assert x == z and pair.prompt == pool.prompts[x]
@@ -356,6 +356,18 @@ def test_pool_weights_average_to_the_density_ratio_where_a_softmax_flattens_it()
     flattened = share[reward == 2].mean() / share[reward == 0].mean()
     assert unbiased == pytest.approx(np.exp(2), rel=0.03)
     assert flattened < 0.7 * np.exp(2)
+
+
+def test_no_weight_counts_for_more_than_all_samples_and_fp32_holds_it() -> None:
+    """Of an answer far above the others of its prompt, (r - V) / beta = 1000, exp is infinite."""
+    pool = samples(4)
+    pool.reward[0, 2] += 700.0
+    pairs = pool_pairs(pool, pool_values(pool, 1.0, 0.7), 1.0, 0.7, seed=0)
+    table = pair_dataset(pairs)
+    held = torch.tensor([table["weight_chosen"], table["weight_rejected"]])
+    assert held.dtype == torch.float32 and held.isfinite().all()
+    assert held.max() == pytest.approx(pool.reward.size)
+    assert (held < 4).sum() == pool.reward.size - 1
 
 
 def test_pairs_depend_on_the_seed_and_an_odd_sample_is_left_out() -> None:
