@@ -13,7 +13,7 @@ from dualign.core.schema import Message, user
 from dualign.judging.questions import QUESTIONS, Ask, Question, Reply
 from dualign.params.base import Resources
 from dualign.params.judging import LocalJudge
-from dualign.scoring.kinds import KINDS, Place, Reading
+from dualign.scoring.kinds import KINDS, Place, Reading, load_scorer
 from dualign.scoring.scorers import Member
 
 
@@ -25,12 +25,10 @@ class LocalModel:
     def __init__(self, spec: LocalJudge, resources: Resources) -> None:
         self._question = question = QUESTIONS[spec.question]
         self._batch_size = resources.scoring_batch_size
-        kind = KINDS["question"]
-        loaded = kind.load(Place(spec.path, spec.revision), resources)
         reading = Reading(
             kind="question", unsafe=[question.yes], safe=[question.no], prefix=question.begin
         )
-        kind.check(loaded, reading, spec.path)
+        loaded = load_scorer(Place(spec.path, spec.revision), reading, resources)
         self._member = Member(loaded, reading, source=spec.path)
 
     def __call__(self, asks: Sequence[Ask]) -> list[Reply]:

@@ -13,7 +13,7 @@ from dualign.lm.folders import SCORER
 from dualign.params.base import Resources
 from dualign.params.models import GivenScorer
 from dualign.scoring.calibration import Platt
-from dualign.scoring.kinds import KINDS, PLAIN, Place, Reading
+from dualign.scoring.kinds import KINDS, PLAIN, Place, Reading, load_scorer
 from dualign.scoring.scorers import Member, Scorer
 
 log = logging.getLogger(__name__)
@@ -43,12 +43,10 @@ def _member(spec: GivenScorer, meaning: Meaning, resources: Resources) -> Member
 
 def _foreign(spec: GivenScorer, resources: Resources) -> Member:
     """A scorer of another maker, whose scale is not known."""
-    kind = KINDS[spec.kind]
     place = Place(spec.path, spec.revision, spec.template, spec.url, root=spec.path)
-    loaded = kind.load(place, resources)
     reading = Reading(**spec.model_dump(include=set(Reading.model_fields)))
-    kind.check(loaded, reading, spec.path)
-    if kind.becomes_plain:
+    loaded = load_scorer(place, reading, resources)
+    if KINDS[spec.kind].becomes_plain:
         reading = PLAIN
     return Member(loaded, reading, loaded.steps, 0.0, spec.path)
 

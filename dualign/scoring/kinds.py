@@ -27,6 +27,7 @@ from transformers import (
 from dualign.core.artifacts import listed
 from dualign.core.errors import ModelError
 from dualign.core.schema import Message, user
+from dualign.lm.engines.check import ROWS, check_batches
 from dualign.lm.folders import ADAPTER
 from dualign.lm.loading import files_of, load_config, load_model, require, with_adapter
 from dualign.lm.models import (
@@ -37,7 +38,7 @@ from dualign.lm.models import (
     made_fit,
     read_tokenizer,
 )
-from dualign.lm.numerics import in_precision
+from dualign.lm.numerics import in_precision, padded_rows, precision_of
 from dualign.lm.templates import own_template, read_template
 from dualign.lm.tokens import QUESTION, common_prefix, encode_conversations, encode_rendered, render
 from dualign.params.base import Frozen, Resources
@@ -123,6 +124,41 @@ class Kind:
 
 
 # --- loading --------------------------------------------------------------------------------------
+
+
+def load_scorer(place: Place, reading: Reading, resources: Resources) -> Loaded:
+    """What is at `place`, which can be read so. Raises ModelError where it cannot, and for one that
+    scores a row in a padded batch otherwise than alone.
+    """
+    kind = KINDS[reading.kind]
+    loaded = kind.load(place, resources)
+    kind.check(loaded, reading, place.path)
+    if place.url is None:
+        plain = resources.model_copy(update={"precision": "fp32"})
+        check_batches(
+            loaded.model,
+            place.path,
+            precision_of(resources),
+            lambda: kind.load(place, plain).model,
+            lambda model: _apart(replace(loaded, model=model), reading),
+        )
+    return loaded
+
+
+def _apart(loaded: Loaded, reading: Reading) -> float:
+    """The largest difference between the scores of rows in a padded batch and alone, as a share of
+    the largest score where that is above 1: bf16 rounds large ones by more.
+    """
+    pad = int(loaded.tokenizer.pad_token_id)
+
+    def scores(rows: Encoded) -> Tensor:
+        ids, mask, _ = padded_rows([()] * len(rows), rows, pad)
+        device = loaded.model.device
+        return KINDS[reading.kind].outputs(loaded, reading, ids.to(device), mask.to(device))
+
+    rows = list(map(list, ROWS))
+    alone = torch.cat([scores([row]) for row in rows])
+    return float((scores(rows) - alone).abs().max() / alone.abs().max().clamp(min=1.0))
 
 
 def load_classifier(place: Place, resources: Resources) -> Loaded:

@@ -28,7 +28,16 @@ from dualign.lm.numerics import padded_rows
 from dualign.lm.tokens import encode_conversations
 from dualign.params.base import Frozen, Resources
 from dualign.scoring.calibration import Calibration, Isotonic, Platt
-from dualign.scoring.kinds import KINDS, PLAIN, Loaded, Place, Reading, is_encoder, load_adapted
+from dualign.scoring.kinds import (
+    KINDS,
+    PLAIN,
+    Loaded,
+    Place,
+    Reading,
+    is_encoder,
+    load_adapted,
+    load_scorer,
+)
 
 log = logging.getLogger(__name__)
 
@@ -182,7 +191,7 @@ class Scorer:
                 [Member(load_adapted(Path(folder), resources), source=str(folder))], card.read()
             )
         if not card.members:
-            loaded = KINDS["classifier"].load(Place(str(folder)), resources)
+            loaded = load_scorer(Place(str(folder)), PLAIN, resources)
             return cls.of([Member(loaded, source=str(folder))], card.read())
         members = [_loaded(Path(folder), member, resources) for member in card.members]
         return cls.of(members, card.read(), card.spread)
@@ -278,11 +287,9 @@ def _loaded(folder: Path, card: MemberCard, resources: Resources) -> Member:
         raise ModelError(
             f"{folder / SCORER}: {card.kind!r} is no kind of scorer; one of {', '.join(KINDS)}"
         )
-    kind = KINDS[card.kind]
-    place = str(folder / card.folder)
-    loaded = kind.load(Place(place, url=card.url, root=card.source), resources)
+    place = Place(str(folder / card.folder), url=card.url, root=card.source)
     reading = Reading(**card.model_dump(include=set(Reading.model_fields)))
-    kind.check(loaded, reading, place)
+    loaded = load_scorer(place, reading, resources)
     return Member(
         loaded, reading, tuple(step.read() for step in card.steps), card.unit, card.source
     )

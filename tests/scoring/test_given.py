@@ -4,8 +4,10 @@ comes back from disk.
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any, get_args
 
@@ -18,6 +20,8 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    FNetConfig,
+    FNetForSequenceClassification,
     LlamaModel,
     PreTrainedTokenizerBase,
     RobertaConfig,
@@ -35,7 +39,9 @@ from dualign.scoring.calibration import Isotonic, Platt
 from dualign.scoring.given import load_given
 from dualign.scoring.kinds import KINDS
 from dualign.scoring.scorers import Scorer
-from tests.scoring.conftest import ROOT, SIZES, TEXTS, Maker
+from tests.lm.architectures import LOSING, built
+from tests.scoring.conftest import ROOT, SIZES, TEXTS, Maker, shaken
+from tests.tiny import on_cpu
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -560,6 +566,32 @@ def test_what_does_not_fit_its_kind_is_refused_in_a_line(
     )
     unwritten = classifier().model_copy(update={"template": "none.jinja"})
     assert "template none.jinja is no file" in refused(unwritten, resources)
+
+
+@pytest.mark.parametrize(
+    ("name", "precision"), [("rwkv", "fp32"), ("rwkv", "bf16"), ("recurrent_gemma", "fp32")]
+)
+def test_a_guard_that_reads_padding_is_refused(
+    guard: Maker, words: PreTrainedTokenizerBase, name: str, precision: Any
+) -> None:
+    spec = guard()
+    config = copy.deepcopy(LOSING[name])
+    config.vocab_size = len(words)
+    built(config).save_pretrained(spec.path)
+    assert re.match(
+        r": \w+ForCausalLM says other things of a text in a padded batch than alone",
+        refused(spec, on_cpu(precision=precision)),
+    )
+
+
+def test_an_encoder_that_mixes_padding_into_its_text_is_refused(
+    encoder: Maker, resources: Resources
+) -> None:
+    spec = encoder()
+    size = len(AutoTokenizer.from_pretrained(spec.path))
+    config = FNetConfig(vocab_size=size, num_labels=1, **SIZES)
+    shaken(FNetForSequenceClassification(config)).save_pretrained(spec.path)
+    assert "says other things of a text in a padded batch" in refused(spec, resources)
 
 
 def test_a_policy_is_no_scorer(guard: Maker, resources: Resources) -> None:

@@ -39,8 +39,8 @@ _TOP_K = 50
 _TOP_P = 0.95
 #: Likeliest tokens among which a nucleus is looked for; a wider one is left alone.
 _WIDEST = 2048
-#: Prompts of one batch by which a model itself is checked, and the tokens that are drawn.
-_PROMPTS = ((1, 2), (3, 1, 2, 3, 3, 1, 2, 1, 3))
+#: Texts of one batch by which a model itself is checked, and the tokens that are drawn.
+ROWS = ((1, 2), (3, 1, 2, 3, 3, 1, 2, 1, 3))
 _STEPS = GenerationConfig(
     max_new_tokens=4,
     do_sample=False,
@@ -50,50 +50,55 @@ _STEPS = GenerationConfig(
 )
 
 
-@torch.no_grad()
-def check_batches(model: Any, path: Any, precision: torch.dtype, exact: Callable[[], Any]) -> None:
-    """Refuse a model that draws other answers in a padded batch, token by token, than its one pass
-    over each of them says: one that reads padding, or whose state between tokens is not what it
-    has read. Raises ModelError in one line.
-
-    In bf16 rounding turns choices of experts too, so what is off there is measured again in fp32,
-    of what `exact` loads."""
-    try:
-        gap = _drawn_apart(model)
-        if gap <= BOUND[precision]:
-            return
-        gap = _drawn_apart(exact())
-    except Exception as error:  # transformers raises many kinds here
-        raise ModelError(
-            f"{path}: {type(model).__name__} cannot answer a batch of prompts ({told(error)}); use"
-            " another architecture"
-        ) from error
-    if not gap <= BOUND[torch.float32]:
-        raise ModelError(
-            f"{path}: {type(model).__name__} answers a prompt in a batch by other probabilities"
-            f" than alone (off by {gap:.2g} nats), since it reads padding or does not keep what it"
-            " has read; use another architecture"
-        )
-
-
 def _drawn_apart(model: Any) -> float:
     """Mean difference in nats, at the worst token, between draws of a batch and one pass over each
     row."""
     training = model.training
     model.eval()
     device = next(model.parameters()).device
-    ids, mask = (part.to(device) for part in left_padded(_PROMPTS, 0))
+    ids, mask = (part.to(device) for part in left_padded(ROWS, 0))
     with configured(model, _STEPS):
         output = model.generate(input_ids=ids, attention_mask=mask, generation_config=_STEPS)
     drawn_from = torch.stack(output.logits, 1).float().log_softmax(-1)
     apart = []
-    for prompt, row, table in zip(_PROMPTS, output.sequences, drawn_from, strict=True):
+    for prompt, row, table in zip(ROWS, output.sequences, drawn_from, strict=True):
         answer = row[ids.shape[1] :].tolist()
         own = answer_logits(model, prompt, answer).log_softmax(-1)
         gaps = own.exp() * (own - table[: len(answer)]).abs()
         apart.append(torch.where(own.exp() == 0, 0.0, gaps).sum(-1).max())
     model.train(training)
     return float(torch.stack(apart).max())
+
+
+@torch.no_grad()
+def check_batches(
+    model: Any,
+    path: Any,
+    precision: torch.dtype,
+    exact: Callable[[], Any],
+    apart: Callable[[Any], float] = _drawn_apart,
+) -> None:
+    """Refuse a model that says other things of a text in a padded batch than alone: one that reads
+    padding, or whose state between tokens is not what it has read. Raises ModelError in one line.
+
+    `apart` measures how far off a model is, in nats. In bf16 rounding turns choices of experts too,
+    so what is off there is measured again in fp32, of what `exact` loads."""
+    try:
+        gap = apart(model)
+        if gap <= BOUND[precision]:
+            return
+        gap = apart(exact())
+    except Exception as error:  # transformers raises many kinds here
+        raise ModelError(
+            f"{path}: {type(model).__name__} cannot read a padded batch ({told(error)}); use"
+            " another architecture"
+        ) from error
+    if not gap <= BOUND[torch.float32]:
+        raise ModelError(
+            f"{path}: {type(model).__name__} says other things of a text in a padded batch than"
+            f" alone (off by {gap:.2g} nats), since it reads padding or does not keep what it has"
+            " read; use another architecture"
+        )
 
 
 @torch.inference_mode()

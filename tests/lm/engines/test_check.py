@@ -39,7 +39,7 @@ def test_a_model_that_draws_alike_in_every_batch_is_taken(name: str) -> None:
 @pytest.mark.parametrize("name", LOSING)
 def test_a_model_that_reads_padding_or_forgets_is_refused(name: str) -> None:
     with pytest.raises(
-        ModelError, match=rf"^{name}: \w+ answers a prompt in a batch by other prob"
+        ModelError, match=rf"^{name}: \w+ says other things of a text in a padded batch"
     ):
         checked(built(LOSING[name]), name)
 
@@ -48,7 +48,7 @@ def test_a_model_that_reads_padding_or_forgets_is_refused(name: str) -> None:
 @pytest.mark.parametrize("name", ["rwkv", "minimax"])
 def test_a_policy_is_checked_when_it_is_loaded(name: str, precision: Any, tmp_path: Path) -> None:
     built(LOSING[name]).save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match=r"ForCausalLM answers a prompt in a batch by other"):
+    with pytest.raises(ModelError, match=r"ForCausalLM says other things of a text in a padded"):
         models.load_policy(tmp_path, on_cpu(precision=precision))
 
 
@@ -63,7 +63,7 @@ def test_what_rounding_alone_turns_is_taken(
 
 def test_a_model_that_cannot_be_drawn_from_is_told_in_one_line() -> None:
     model = built(xLSTMConfig(vocab_size=90, hidden_size=64, num_heads=4, num_blocks=2))
-    with pytest.raises(ModelError, match=r"^it: xLSTMForCausalLM cannot answer a batch of prompts"):
+    with pytest.raises(ModelError, match=r"^it: xLSTMForCausalLM cannot read a padded batch"):
         checked(model, "it")
 
 
