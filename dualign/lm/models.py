@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import logging
 import re
@@ -333,19 +334,43 @@ def with_lora(
                 f"lora.dropout {lora.dropout:g} does not go with the experts of"
                 f" {type(model).__name__}; set it to 0"
             ) from error
-        head_layer = model.get_output_embeddings()
-        linear = (
-            name
-            for name, module in model.named_modules()
-            if isinstance(module, torch.nn.Linear | Conv1D) and module is not head_layer
-        )
-        names = sorted({name.rpartition(".")[2] for name in linear})
         raise ParamsError(
             f"lora.target_modules {lora.target_modules} does not fit {type(model).__name__}"
-            f" ({first_line(error)}); it has {', '.join(names)}; or write all-linear"
+            f" ({first_line(error)}); it takes {_taken(model, config)}"
         ) from error
     _check_adapted(adapted)
     return adapted
+
+
+def _taken(model: PreTrainedModel, config: LoraConfig) -> str:
+    """What peft takes as targets of such a model: of Mamba, say, not every linear module."""
+    bare = _empty(model)
+    head = bare.get_output_embeddings()
+    linear = (
+        name
+        for name, module in bare.named_modules()
+        if isinstance(module, torch.nn.Linear | Conv1D) and module is not head
+    )
+    names = sorted({name.rpartition(".")[2] for name in linear})
+    taken = [name for name in names if _takes(model, config, [name])]
+    every = "; or write all-linear" if _takes(model, config, "all-linear") else ""
+    return ", ".join(taken) + every
+
+
+def _takes(model: PreTrainedModel, config: LoraConfig, targets: list[str] | str) -> bool:
+    asked = copy.copy(config)
+    asked.target_modules = targets
+    try:
+        get_peft_model(_empty(model), asked)
+    except ValueError:
+        return False
+    return True
+
+
+def _empty(model: PreTrainedModel) -> PreTrainedModel:
+    """A model of that kind and shape without weights."""
+    with torch.device("meta"):
+        return type(model)(model.config)
 
 
 def _check_targets(model: PreTrainedModel, targets: Sequence[str]) -> None:

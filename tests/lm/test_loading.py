@@ -45,6 +45,8 @@ from dualign.core.errors import DataError, ModelError, ParamsError
 from dualign.lm import loading, models
 from dualign.lm.sampling import log_probabilities
 from dualign.params.base import LoraParams, Resources
+from tests.lm import architectures
+from tests.lm.architectures import KEEPING
 from tests.lm.layouts import CHATS, byte_level
 
 LORA = LoraParams(rank=2, alpha=4.0, dropout=0.0, target_modules="all-linear", quantise=None)
@@ -582,7 +584,7 @@ def test_lora_targets_that_a_model_lacks_are_told_with_those_it_has(
     lora = LORA.model_copy(update={"target_modules": ["c_attn"]})
     with pytest.raises(
         ParamsError,
-        match=r"^lora\.target_modules \['c_attn'\] .*has .*k_proj.*or write all-linear$",
+        match=r"^lora\.target_modules \['c_attn'\] .*takes .*k_proj.*or write all-linear$",
     ):
         models.with_lora(models.load_policy(llama, resources), lora, 0)
 
@@ -666,8 +668,19 @@ def test_a_gpt2_that_has_no_linear_modules_takes_adapters(
     adapted = models.with_lora(models.load_policy(tmp_path, resources), LORA, 0)
     assert any("c_attn.lora_A" in name for name, _ in adapted.named_parameters())
     lora = LORA.model_copy(update={"target_modules": ["q_proj"]})
-    with pytest.raises(ParamsError, match=r"has c_attn, c_fc, c_proj; or write all-linear"):
+    with pytest.raises(ParamsError, match=r"takes c_attn, c_fc, c_proj; or write all-linear"):
         models.with_lora(models.load_policy(tmp_path, resources), lora, 0)
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj"], ["out_proj"]], ids=str)
+def test_the_remedy_for_lora_targets_names_none_that_peft_refuses(targets: Any) -> None:
+    """It refuses to adapt what Mamba's kernels multiply by without a call."""
+    model = architectures.built(KEEPING["mamba"])
+    lora = LORA.model_copy(update={"target_modules": targets})
+    with pytest.raises(ParamsError, match=r"; it takes dt_proj, in_proj, x_proj$"):
+        models.with_lora(model, lora, 0)
+    taken = LORA.model_copy(update={"target_modules": ["dt_proj", "in_proj", "x_proj"]})
+    models.with_lora(architectures.built(KEEPING["mamba"]), taken, 0)
 
 
 def test_an_adapter_is_no_backbone_even_with_its_base_beside_it(adapter: Path, llama: Path) -> None:
