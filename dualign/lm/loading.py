@@ -6,13 +6,15 @@ import json
 import logging
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 
@@ -336,12 +338,30 @@ def _check_unused(path: str | Path, model: PreTrainedModel, unused: Sequence[str
 def _as_stored(folder: Path, model: PreTrainedModel) -> None:
     """Keep weights that a folder stores in fp32, as a scorer's head: "auto" rounds all alike."""
     weights = dict(model.named_parameters())
-    for file in listed(folder, "*.safetensors"):
-        with safe_open(file, "pt") as stored:
-            for name in weights.keys() & set(stored.keys()):
-                wide = stored.get_slice(name).get_dtype() == "F32"
-                if wide and weights[name].dtype != torch.float32:
-                    weights[name].data = stored.get_tensor(name)
+    narrow = {name for name, weight in weights.items() if weight.dtype != torch.float32}
+    wide = stored(folder, lambda name, dtype: name in narrow and dtype == "F32") if narrow else {}
+    for name, weight in wide.items():
+        weights[name].data = weight
+
+
+def stored(folder: Path, wanted: Callable[[str, str], bool]) -> dict[str, Tensor]:
+    """The tensors that are `wanted` by name and type, "F32" where it is fp32, of the files that
+    transformers reads in a folder.
+    """
+    tensors: dict[str, Tensor] = {}
+    files = listed(folder, "*.safetensors")
+    for file in files:
+        with safe_open(file, "pt") as held:
+            for name in held.keys():  # noqa: SIM118
+                if wanted(name, held.get_slice(name).get_dtype()):
+                    tensors[name] = held.get_tensor(name)
+    for file in [] if files else listed(folder, "pytorch_model*.bin"):
+        zipped = is_zipfile(file)  # since PyTorch 1.6; others cannot be mapped
+        pickled = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
+        for name, tensor in pickled.items():
+            if wanted(name, "F32" if tensor.dtype is torch.float32 else ""):
+                tensors[name] = tensor.clone()
+    return tensors
 
 
 def _keep_head(path: str | Path, model: PreTrainedModel) -> None:

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from pydantic import Field
-from safetensors import safe_open
 from torch import Tensor
 from transformers import (
     AutoModel,
@@ -24,12 +23,18 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from dualign.core.artifacts import listed
 from dualign.core.errors import ModelError
 from dualign.core.schema import Message, user
 from dualign.lm.engines.check import ROWS, check_batches
 from dualign.lm.folders import ADAPTER
-from dualign.lm.loading import files_of, load_config, load_model, require, with_adapter
+from dualign.lm.loading import (
+    files_of,
+    load_config,
+    load_model,
+    require,
+    stored,
+    with_adapter,
+)
 from dualign.lm.models import (
     adapter_base,
     fit_vocabulary,
@@ -225,7 +230,8 @@ def _load_safe_rlhf(place: Place, resources: Resources) -> Loaded:
     tokenizer.chat_template = SAFE_RLHF_TEMPLATE
     made_fit(tokenizer, place.path)
     backbone = load_model(AutoModel, place.path, dtype="auto", revision=place.revision)
-    held = _tensors(files_of(place.path, place.revision), ("score_head.weight", *_SCALARS))
+    names = ("score_head.weight", *_SCALARS)
+    held = stored(files_of(place.path, place.revision), lambda name, dtype: name in names)
     model = _headed(backbone, held.pop("score_head.weight", None), place.path)
     scalars = {name: tensor.float().item() for name, tensor in held.items()}
     loaded = _ready(model, tokenizer, resources)
@@ -264,19 +270,6 @@ def _after_head(held: dict[str, float], config: Any, path: str) -> tuple[Calibra
         mean = 0.0 if getattr(config, "score_type", "reward") == "cost" else held["normalizer.mean"]
         offset = scale * (bias - mean)
     return () if (scale, offset) == (1.0, 0.0) else (Platt(scale, offset),)
-
-
-def _tensors(folder: Path, names: Sequence[str]) -> dict[str, Tensor]:
-    """Those of the named tensors that the weights in a folder hold."""
-    tensors: dict[str, Tensor] = {}
-    for file in listed(folder, "*.safetensors"):
-        with safe_open(str(file), "pt") as weights:
-            held = set(weights.keys())
-            tensors |= {name: weights.get_tensor(name) for name in names if name in held}
-    for file in listed(folder, "pytorch_model*.bin"):
-        weights = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        tensors |= {name: weights[name].clone() for name in names if name in weights}
-    return tensors
 
 
 def _ready(

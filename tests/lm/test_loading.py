@@ -191,8 +191,9 @@ def test_the_head_of_a_scorer_is_reported_where_it_is_fresh(llama: Path) -> None
     assert missing == []
 
 
+@pytest.mark.parametrize("form", ["safetensors", "bin", "bin of before PyTorch 1.6"])
 def test_a_head_in_fp32_stays_so_from_a_folder_and_from_the_hub(
-    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
 ) -> None:
     kept = tmp_path / "cache" / "models--nobody--scorer"
     folder = kept / "snapshots" / ("0" * 40)
@@ -202,6 +203,12 @@ def test_a_head_in_fp32_stays_so_from_a_folder_and_from_the_hub(
     scorer.save_pretrained(folder)
     head = torch.full((2, 16), 1 / 3)
     change_weights(folder, lambda weights: weights.update({"score.weight": head}))
+    if form != "safetensors":
+        file = folder / "model.safetensors"
+        new = form == "bin"
+        pickled = folder / "pytorch_model.bin"
+        torch.save(load_file(file), pickled, _use_new_zipfile_serialization=new)
+        file.unlink()
     (kept / "refs").mkdir()
     (kept / "refs" / "main").write_text(folder.name)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(kept.parent))
