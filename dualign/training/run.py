@@ -22,7 +22,7 @@ from dualign.core.artifacts import faults_told, read_json, write_json
 from dualign.core.errors import DataError, ParamsError, TrainingError
 from dualign.lm.loading import check_context, not_finite
 from dualign.lm.models import is_sharded
-from dualign.lm.numerics import device_of, precision_of
+from dualign.lm.numerics import device_of, precision_of, without_adapter
 from dualign.params.base import Resources, TrainingParams
 from dualign.training.checkpoints import Sealing, last_checkpoint
 from dualign.training.metering import Meter, Telling, tell_whole
@@ -112,6 +112,7 @@ def run(trainer: Any, job: Job) -> Metrics:
     weights that are not after the last step, of which no loss tells.
     """
     check_context(trainer.model, job.training.max_length, _LENGTH)
+    _check_checkpointing(trainer.model, job.resources)
     if ranks.world() > 1:
         set_seed(job.seed, device_specific=True)  # or all would drop out the same
     trainer.remove_callback(PrinterCallback)  # prints a dict per logged step beside our line
@@ -181,6 +182,16 @@ def _of_muon(trainer: Any) -> dict[str, Any]:
         "betas": (args.adam_beta1, args.adam_beta2),
         "fused": args.optim == "adamw_torch_fused" or None,
     }
+
+
+def _check_checkpointing(model: Model, resources: Resources) -> None:
+    """Refuse to compute activations anew of an architecture that transformers cannot do it for."""
+    kind = type(without_adapter(model))
+    if resources.gradient_checkpointing and not kind.supports_gradient_checkpointing:
+        raise ParamsError(
+            f"resources.gradient_checkpointing: {kind.__name__} has none; set it to false, and"
+            " resources.micro_batch_size lower where memory is short"
+        )
 
 
 def trained_once(file: Path, train: Callable[[], Metrics]) -> Metrics:

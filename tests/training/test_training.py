@@ -24,6 +24,7 @@ from transformers import (
     AutoModelForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    OpenAIGPTConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainerCallback,
@@ -1305,3 +1306,20 @@ def test_weights_that_the_last_step_breaks_stop_the_run(
     for trainee in (model, start()):  # the second goes on from a checkpoint, which holds them
         with pytest.raises(TrainingError, match="the last step left weights NaN or infinite"):
             train(trainee, last)
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_checkpointing_that_an_architecture_lacks_is_refused_in_a_line(
+    tokenizer: PreTrainedTokenizerBase, job: Job, adapted: bool
+) -> None:
+    config = OpenAIGPTConfig(vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=2)
+    model: Any = AutoModelForCausalLM.from_config(config)
+    model = with_lora(model, LORA.model_copy(update={"dropout": 0.0}), 0) if adapted else model
+    rows = conversation_rows(tokenizer, 8)
+    told = (
+        r"^resources\.gradient_checkpointing: OpenAIGPTLMHeadModel has none; set it to false, and"
+    )
+    with pytest.raises(ParamsError, match=told):
+        supervised.train_sft(
+            model, tokenizer, rows, rows, changed(job, gradient_checkpointing=True)
+        )
