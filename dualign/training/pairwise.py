@@ -28,7 +28,16 @@ from dualign.params.base import LoraParams
 from dualign.params.training import LOSS_FIELDS, LossSpec, LossType, PairLossParams
 from dualign.training.columns import id_column, table_of
 from dualign.training.pair_losses import PAIR_LOSSES, PairBatch
-from dualign.training.run import Job, Metrics, Model, arguments, run, short_enough, without_dropout
+from dualign.training.run import (
+    Job,
+    Metrics,
+    Model,
+    arguments,
+    noise_kept,
+    run,
+    short_enough,
+    without_dropout,
+)
 from dualign.training.shares import COUNTED, Shared
 
 
@@ -91,7 +100,7 @@ def train_pairwise(
     job: Job,
 ) -> Metrics:
     """Train a policy on pairs; returns the loss curve and statistics of the last log line."""
-    with attention_kept(model):
+    with attention_kept(model), noise_kept(model):
         return run(pairwise_trainer(model, tokenizer, pairs, pair_loss, job), job)
 
 

@@ -44,7 +44,16 @@ from dualign.lm.sampling import sample
 from dualign.lm.tokens import decode_answers, encode_prompts
 from dualign.scoring.scorers import Scorer
 from dualign.training.metering import Metered
-from dualign.training.run import Job, Metrics, Model, arguments, run, short_enough
+from dualign.training.run import (
+    Job,
+    Metrics,
+    Model,
+    arguments,
+    noise_kept,
+    run,
+    short_enough,
+    without_dropout,
+)
 from dualign.training.sharding import Sharding
 
 T = TypeVar("T")
@@ -123,8 +132,9 @@ def train_policy_gradient(
     kept = _fitting(tokenizer, prompts, options.max_new_tokens, job.training.max_length)
     ends = end_tokens(model, tokenizer)
     ascent = _Ascent(tokenizer, ends, reward, cost, options, job.resources.scoring_batch_size)
-    trainer = PolicyGradientTrainer(model, ascent, kept, tokenizer, options, job)
-    metrics = run(trainer, job)
+    with noise_kept(model):
+        trainer = PolicyGradientTrainer(model, ascent, kept, tokenizer, options, job)
+        metrics = run(trainer, job)
     ascent.restore(trainer.state)  # of a run that had ended before
     return {
         **metrics,
@@ -243,7 +253,7 @@ class PolicyGradientTrainer(Metered, Sharding, RLOOTrainer):
         rows = [list(map(dict, prompt)) for prompt in prompts]
         order = _order(len(prompts), steps * each, job.seed)
         super().__init__(
-            model,
+            without_dropout(model),
             reward_funcs=ascent.lagrangian,
             args=_config(options, job, steps),
             train_dataset=Dataset.from_dict({"prompt": rows}).select(order),
@@ -354,7 +364,8 @@ def _config(options: PolicyGradient, job: Job, steps: int) -> RLOOConfig:
         num_generations=options.samples,
         max_completion_length=options.max_new_tokens,
         shuffle_dataset=False,
-        # Or the log-probabilities would be those of another policy than the one that drew.
+        # An adapter's too, or the log-probabilities would be those of another policy than the one
+        # that drew.
         disable_dropout=True,
         # Or TRL would load a reference from the model's path, empty or stale perhaps; set after.
         beta=0.0,

@@ -7,7 +7,8 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
@@ -212,7 +213,9 @@ def _unwritten(scratch: Path, told: str) -> TrainingError:
 
 
 def without_dropout(model: Model) -> Model:
-    """The model without the dropout and noise of its base; an adapter's own is kept."""
+    """The model without the dropout of its base, which pairs and scores do not want, nor its other
+    noise; an adapter's own is kept. `noise_kept` gives its configuration the rates back.
+    """
     for name, module in model.named_modules():
         if "lora_" in name:
             continue
@@ -221,7 +224,27 @@ def without_dropout(model: Model) -> Model:
         for key, value in vars(module).items():
             if isinstance(value, float) and _NOISE.search(key):
                 setattr(module, key, 0.0)
+    for config, key, _ in _rates(model):
+        setattr(config, key, 0.0)
     return model
+
+
+@contextmanager
+def noise_kept(model: Model) -> Iterator[None]:
+    """What the configuration, which is saved with the policy, says of noise is as before at the end."""
+    before = _rates(model)
+    try:
+        yield
+    finally:
+        for config, key, rate in before:
+            setattr(config, key, rate)
+
+
+def _rates(model: Model) -> list[tuple[Any, str, float]]:
+    """Rates of noise in a configuration, where Falcon, Persimmon and GPT-Neo read them at work."""
+    configs = (model.config, model.config.get_text_config())
+    values = ((config, *item) for config in configs for item in vars(config).items())
+    return [row for row in values if isinstance(row[2], float) and _NOISE.search(row[1])]
 
 
 def _drop_copy(model: Model) -> None:

@@ -16,7 +16,16 @@ from trl.trainer.reward_trainer import DataCollatorForPreference
 
 from dualign.math import losses
 from dualign.training.columns import id_column, table_of
-from dualign.training.run import Job, Metrics, Model, arguments, run, short_enough, without_dropout
+from dualign.training.run import (
+    Job,
+    Metrics,
+    Model,
+    arguments,
+    noise_kept,
+    run,
+    short_enough,
+    without_dropout,
+)
 from dualign.training.shares import COUNTED, Shared
 
 
@@ -52,14 +61,15 @@ def train_scorer(
         sign_weight=sign_weight,
         score_regularisation=regularisation,
     )
-    trainer = ScorerTrainer(
-        without_dropout(model),
-        args=args,
-        data_collator=_FlagCollator(pad_token_id=tokenizer.pad_token_id),
-        train_dataset=_ranked(pairs, job.training.max_length),
-        processing_class=tokenizer,
-    )
-    return run(trainer, job)
+    with noise_kept(model):
+        trainer = ScorerTrainer(
+            without_dropout(model),
+            args=args,
+            data_collator=_FlagCollator(pad_token_id=tokenizer.pad_token_id),
+            train_dataset=_ranked(pairs, job.training.max_length),
+            processing_class=tokenizer,
+        )
+        return run(trainer, job)
 
 
 def _ranked(pairs: Sequence[ScoredPair], max_length: int) -> Dataset:

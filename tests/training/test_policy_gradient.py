@@ -373,6 +373,23 @@ def test_a_run_at_a_fixed_lambda_ends_at_pi_lambda(
     assert metrics["history"]["kl"][-1] == pytest.approx(divergence(found, start), rel=0.2)
 
 
+def test_a_policy_is_trained_without_the_noise_of_its_base(
+    tokenizer: PreTrainedTokenizerBase, scorers: tuple[Scorer, Scorer], job: Job
+) -> None:
+    """Llama's is no module, of which alone TRL sets the rate to 0."""
+    model = started("adapter", tokenizer)
+    for module in model.modules():
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.5
+    trainer = PolicyGradientTrainer(
+        model, ascent_of(tokenizer, scorers), PROMPTS, tokenizer, OPTIONS, job
+    )
+    ids = torch.arange(5, 15)[None]
+    trainer.model.train()
+    first, second = (trainer.model(input_ids=ids).logits for _ in range(2))
+    assert torch.equal(first, second)
+
+
 # --- runs -----------------------------------------------------------------------------------------
 
 Train = Callable[[Any, Job], dict[str, Any]]
