@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from dualign.evaluation.stats import Estimate, redrawn
+from dualign.evaluation.stats import Estimate, drawn_ends, redrawn
 
 Array = np.ndarray
 
@@ -55,7 +55,8 @@ def agreement(
 ) -> Agreement:
     """Compare labels of a judge with people's; `clusters` are the prompts; [answers] each. Kappa
     and its interval are NaN where all labels are one, the interval also where draws of prompts tell
-    nothing: of one prompt, or of answers that all agree.
+    nothing: of few prompts, of answers that all agree, or of a label so rare that many draws are
+    without it (`drawn_ends`).
 
     >>> agreement([1, 1, 0, 0], [1, 0, 0, 0], ["a", "b", "c", "d"]).kappa
     0.5
@@ -69,18 +70,20 @@ def agreement(
     weights = redrawn(np.random.default_rng(seed), len(counts), draws)
     drawn = np.tensordot(weights, counts, 1)
     kappas = np.array([cohen_kappa(one) for one in drawn])
-    low, high = _ends(kappas, confidence)
+    low, high = _ends(kappas, len(counts), confidence)
     accuracy = float(np.trace(confusion) / confusion.sum())
     return Agreement(labels, confusion.astype(int), accuracy, cohen_kappa(confusion), low, high)
 
 
-def _ends(drawn: Array, confidence: float) -> tuple[float, float]:
-    """The quantiles of what draws of prompts give [draws]; NaN where they all give the same."""
+def _ends(drawn: Array, prompts: int, confidence: float) -> tuple[float, float]:
+    """The ends of what draws of prompts give [draws]; NaN where these tell nothing, or are all the
+    same.
+    """
     known = drawn[~np.isnan(drawn)]
-    if not len(known) or np.ptp(known) <= _ROUNDING:
+    low, high = map(float, drawn_ends(drawn, prompts, confidence))
+    if not np.isfinite([low, high]).all() or np.ptp(known) <= _ROUNDING:
         return float("nan"), float("nan")
-    low, high = np.quantile(known, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return float(low), float(high)
+    return low, high
 
 
 def rank_correlation(
@@ -108,7 +111,7 @@ def rank_correlation(
     np.add.at(sums, groups, np.stack([np.ones(len(x)), x, y, x * x, y * y, x * y], axis=1))
     drawn = _correlation(redrawn(np.random.default_rng(seed), len(sums), draws) @ sums)
     whole = float(_correlation(sums.sum(0)))
-    low, high = _ends(drawn, confidence)
+    low, high = _ends(drawn, len(sums), confidence)
     error = float("nan") if np.isnan(low) else float(np.nanstd(drawn))
     return Estimate(whole, error, low, high)
 

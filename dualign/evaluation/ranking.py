@@ -16,7 +16,13 @@ from scipy.sparse.csgraph import connected_components
 from scipy.special import expit
 
 from dualign.core.errors import DataError
-from dualign.evaluation.stats import Estimate, clustered_share, redrawn, share_of
+from dualign.evaluation.stats import (
+    Estimate,
+    clustered_share,
+    drawn_ends,
+    redrawn,
+    share_of,
+)
 
 Array = np.ndarray
 
@@ -138,10 +144,11 @@ def rank(
 ) -> pd.DataFrame:
     """Policies in order of strength: columns `policy`, `elo`, `low`, `high` and `battles`.
 
-    Elo is relative: `low` and `high` are quantiles over draws of prompts of a policy's lead on the
-    mean of all. To tell two apart take their own battles (`win_rate`). Draws tell nothing of a
-    policy that won or lost all its battles, nor of one that they all rate alike, nor of any where
-    there is one prompt, or where in most draws some never met: their ends are infinite.
+    Elo is relative: `low` and `high` are those of a policy's lead on the mean of all over draws of
+    prompts (`drawn_ends`). To tell two apart take their own battles (`win_rate`). Draws tell
+    nothing of a policy that won or lost all its battles, nor of one that they all rate alike, nor
+    of any where there are few prompts, or where in most draws some never met: their ends are
+    infinite.
 
     Raises:
         DataError: a battle has no score in [0, 1], or is a policy's with itself, or some policies
@@ -165,11 +172,10 @@ def _ends(table: Array, confidence: float, draws: int, seed: int) -> tuple[Array
     """The ends of every policy's interval; infinite where draws tell nothing of it."""
     known = np.minimum(table.sum((0, 1)), table.sum((0, 2))) > 0
     drawn = _redrawn(table, draws, seed)
-    if len(table) == 1 or len(drawn) < draws:
+    if len(drawn) < draws:
         return np.full(len(known), -np.inf), np.full(len(known), np.inf)
-    quantiles = [(1 - confidence) / 2, (1 + confidence) / 2]
     ratings = elo(bradley_terry(drawn))
-    low, high = np.quantile(ratings, quantiles, axis=0)
+    low, high = drawn_ends(ratings, len(table), confidence)
     known &= np.ptp(ratings, axis=0) > _ROUNDING
     return np.where(known, low, -np.inf), np.where(known, high, np.inf)
 

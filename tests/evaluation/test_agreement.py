@@ -52,6 +52,17 @@ def test_one_prompt_and_answers_that_all_agree_have_no_interval(
     assert np.isnan([found.low, found.high, ranked.error, ranked.low, ranked.high]).all()
 
 
+def test_a_label_that_many_draws_lack_leaves_kappa_without_an_interval() -> None:
+    """Each judge finds one answer of 40, another one: of every seventh draw nothing is known, and
+    the others said -0.05 to 0.
+    """
+    human, judge = [1, 0] + [0] * 38, [0, 1] + [0] * 38
+    found = agreement(human, judge, list(range(40)), draws=200)
+    assert found.kappa == pytest.approx(-1 / 39) and np.isnan([found.low, found.high]).all()
+    often = agreement(human * 5, judge * 5, list(range(200)), draws=200)
+    assert often.low < often.kappa < often.high
+
+
 def test_the_interval_is_that_of_prompts_drawn_again() -> None:
     """Every answer given twice, under the same prompt, says no more."""
     human, judge = (side.tolist() for side in labels(1))

@@ -11,7 +11,14 @@ from scipy.stats import t as student
 
 from dualign.evaluation.against_optimum import means
 from dualign.evaluation.ranking import win_rate
-from dualign.evaluation.stats import Estimate, clustered_mean, clustered_share, within_variance
+from dualign.evaluation.stats import (
+    Estimate,
+    clustered_mean,
+    clustered_share,
+    drawn_ends,
+    redrawn,
+    within_variance,
+)
 from dualign.evaluation.summary import summarise
 
 
@@ -151,3 +158,25 @@ def test_what_is_measured_as_a_share_stays_inside() -> None:
     battles = pd.DataFrame({"first": "a", "second": "b", "prompt_id": [1, 2], "score": [1.0, 0.5]})
     rate = win_rate(battles, "a", "b").rate
     assert 0 <= rate.low < rate.mean < rate.high <= 1
+
+
+@pytest.mark.parametrize("prompts", [6, 8, 20, 100])
+def test_ends_of_draws_hold_the_mean_as_often_as_they_say(prompts: int) -> None:
+    """Plain quantiles of draws of 6 prompts hold it 85 times in 100."""
+    generator = np.random.default_rng(0)
+    held = []
+    for _ in range(500):
+        values = generator.normal(size=prompts)
+        drawn = redrawn(generator, prompts, 1000) @ values / prompts
+        low, high = drawn_ends(drawn, prompts, 0.95)
+        held.append(low <= 0 <= high)
+    assert 0.925 <= np.mean(held) <= 0.975
+
+
+def test_draws_of_few_prompts_and_unknown_ones_give_no_ends() -> None:
+    drawn = np.random.default_rng(0).normal(size=(1000, 2))
+    assert np.isinf(drawn_ends(drawn, 5, 0.95)).all()
+    assert np.isfinite(drawn_ends(drawn, 5, 0.9)).all()  # 2^-4 is below 0.1
+    drawn[:10, 0] = drawn[:50, 1] = np.nan
+    low, high = drawn_ends(drawn, 100, 0.95)
+    assert np.isfinite([low[0], high[0]]).all() and np.isinf([low[1], high[1]]).all()
