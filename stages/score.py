@@ -23,6 +23,7 @@ from dualign.core.schema import (
     SAFETY_PAIRS,
     SCORED_PAIRS,
     SUPPORT,
+    by_prompt,
     read_table,
 )
 from dualign.evaluation.against_optimum import enumerate_answers
@@ -30,6 +31,7 @@ from dualign.evaluation.rollout import Scorers, roll_out
 from dualign.evaluation.stats import clustered_mean, clustered_share
 from dualign.lm.sampling import check_prompts
 from dualign.lm.tokens import encode_answers, encode_prompts, retokenised_share
+from dualign.math.dual.root import within_sd
 from dualign.params.models import ScoreParams
 from dualign.scoring.support import HELD_OUT
 from dualign.stage import Run, execute
@@ -80,8 +82,8 @@ def main(run: Run[ScoreParams]) -> None:
             "reward": clustered_mean(pool["reward"].to_numpy(), ids).as_dict(),
             "cost": clustered_mean(pool["cost"].to_numpy(), ids).as_dict(),
             "p_unsafe": clustered_share((pool["cost"] > 0).to_numpy(), ids).as_dict(),
-            "reward_within_sd": float(pool.groupby("prompt_id")["reward"].std().mean()),
-            "cost_within_sd": float(pool.groupby("prompt_id")["cost"].std().mean()),
+            "reward_within_sd": within_sd(by_prompt(pool, "reward")),
+            "cost_within_sd": within_sd(by_prompt(pool, "cost")),
         }
     )
 

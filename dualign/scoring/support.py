@@ -15,6 +15,7 @@ import pandas as pd
 
 from dualign.core.errors import DataError
 from dualign.core.schema import SUPPORT, by_prompt, read_table
+from dualign.math.dual.root import within_sd
 from dualign.params.base import PessimismParams
 
 Array = np.ndarray
@@ -111,7 +112,7 @@ def doubt(scored: Path, pool: pd.DataFrame, params: PessimismParams) -> Doubt | 
     if params.reward == params.cost == 0:
         return None
     support = fit_support(*columns(read_table(scored / HELD_OUT, SUPPORT)), params.share)
-    reward, cost = (math.sqrt(by_prompt(pool, name).var(1).mean()) for name in ("reward", "cost"))
+    reward, cost = (within_sd(by_prompt(pool, name)) for name in ("reward", "cost"))
     return Doubt(support, params.reward * reward, params.cost * cost)
 
 

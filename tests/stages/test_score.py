@@ -104,6 +104,8 @@ def test_the_pool_has_samples_of_every_prompt_with_what_is_said_of_them(
         )
         mean = clustered_mean(pool[name].to_numpy(), pool["prompt_id"].to_numpy())
         assert told[name] == pytest.approx(mean.as_dict())
+        within = pool[name].to_numpy().reshape(4, SAMPLES).var(1).mean()  # as in dual.json
+        assert told[f"{name}_within_sd"] == pytest.approx(np.sqrt(within))
     assert (told["pool"]["prompts"], told["pool"]["answers"]) == (4, 4 * SAMPLES)
 
 
