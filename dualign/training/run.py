@@ -231,7 +231,7 @@ def without_dropout(model: Model) -> Model:
 
 @contextmanager
 def noise_kept(model: Model) -> Iterator[None]:
-    """What the configuration, which is saved with the policy, says of noise is as before at the end."""
+    """What the configuration, which is saved with the policy, says of noise stays as it was."""
     before = _rates(model)
     try:
         yield
