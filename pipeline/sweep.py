@@ -14,6 +14,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -134,8 +135,9 @@ def sweep(
         options: for `python -m pipeline run` in each tree, beside the point's own.
         cluster: all at the same time, on workers, instead of one after the other, here.
 
-    Raises PipelineError, before anything runs, for a key that is not there, a commit or files that
-    points or workers cannot have, or where git cannot commit."""
+    A point that another sweep runs is waited for, and then mostly up to date. Raises PipelineError,
+    before anything runs, for a key that is not there, a commit or files that points or workers
+    cannot have, or where git cannot commit."""
     commit = published(root) if cluster else committed(root)
     check_identity(root)
     _check_inputs(root, cluster)
@@ -143,14 +145,16 @@ def sweep(
     for point in points:
         names.check(root, assign(files["params.yaml"], point.settings))
     options = [*options, *(["--cluster"] if cluster else [])]
+    over = threading.Event()
     with ThreadPoolExecutor(len(points) if cluster else 1) as pool:
         futures = [
-            pool.submit(_run, root, commit, files, point, stages, options) for point in points
+            pool.submit(_run, root, commit, files, point, stages, options, over) for point in points
         ]
         try:
             for future in futures:
                 future.result()
         except BaseException:
+            over.set()
             pool.shutdown(cancel_futures=True)
             raise
 
@@ -181,6 +185,7 @@ def _run(
     point: Point,
     stages: Sequence[str],
     options: Sequence[str],
+    over: threading.Event,
 ) -> None:
     settings = [
         word
@@ -193,7 +198,7 @@ def _run(
         identity.VARIABLE: identity.name(root),
     }
     changed = {"params.yaml": assign(files["params.yaml"], point.settings)}
-    with working_tree(root, commit, f"sweep-{point.name}", log.log) as (tree, _):
+    with working_tree(root, commit, f"sweep-{point.name}", log.log, over) as (tree, _):
         write_files(
             tree, {**files, **changed, **_recorded(root, point.name), **inputs.answers(root)}
         )

@@ -11,7 +11,7 @@ import logging
 import os
 import shutil
 import subprocess
-import time
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -23,9 +23,7 @@ from pipeline.holding import held
 
 #: What a run may change without a commit: it travels with each stage.
 CARRIED = ("params.yaml", "dvc.lock")
-#: Seconds to wait for another run of the very same stage, whose worker was killed say, and between
-#: two looks.
-PATIENCE = 60.0
+#: Seconds between two looks whether another run of the very same stage or point has ended.
 PAUSE = 5.0
 #: Variables by which a hook, or a shell, of git has every command work at one repository or index,
 #: whatever folder it is told.
@@ -94,18 +92,23 @@ def published(root: Path) -> str:
 
 @contextlib.contextmanager
 def working_tree(
-    root: Path, commit: str, name: str, log: Callable[[int, str], None]
+    root: Path,
+    commit: str,
+    name: str,
+    log: Callable[[int, str], None],
+    over: threading.Event | None = None,
 ) -> Iterator[tuple[Path, int]]:
     """A working tree of a commit below `root`, with its DVC cache and remote; removed at the end.
 
-    Yields the tree and a file descriptor that holds it for whoever it is passed on to. The tree of
-    a killed run of the same `name` is replaced, once its processes have ended.
+    Yields the tree and a file descriptor that holds it for whoever it is passed on to. Where a tree
+    of the same `name` is in use, it is waited for; that of a killed run is replaced, once its
+    processes have ended.
 
-    Raises PipelineError where the commit cannot be had.
+    Raises PipelineError where the commit cannot be had, or `over` is set while it waits.
     """
     folder = root / ".dvc" / "tmp" / "stages"
     tree = folder / name
-    with _in_turn(folder / f"{name}.lock", log) as lock:
+    with _in_turn(folder / f"{name}.lock", log, over or threading.Event()) as lock:
         _add(root, commit, tree)
         try:
             _share(root, tree)
@@ -115,19 +118,20 @@ def working_tree(
 
 
 @contextlib.contextmanager
-def _in_turn(path: Path, log: Callable[[int, str], None]) -> Iterator[int]:
-    """Hold a lock file, after a while of waiting where another has it."""
-    deadline = time.monotonic() + PATIENCE
+def _in_turn(path: Path, log: Callable[[int, str], None], over: threading.Event) -> Iterator[int]:
+    """Hold a lock file, once nobody else does; who does is logged once."""
+    told = ""
     with contextlib.ExitStack() as stack:
         while True:
             try:
-                lock = stack.enter_context(held(path, "the same stage runs on this node"))
+                lock = stack.enter_context(held(path, f"{path.stem} runs here already"))
                 break
             except PipelineError as error:
-                if time.monotonic() > deadline:
+                if str(error) != told:
+                    told = str(error)
+                    log(logging.INFO, told)
+                if over.wait(PAUSE):
                     raise
-                log(logging.INFO, str(error))
-                time.sleep(PAUSE)
         yield lock
 
 

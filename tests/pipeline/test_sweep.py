@@ -5,7 +5,10 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import signal
 import subprocess
+import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -14,10 +17,11 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.sorting import FlowRunSort
 
 from pipeline.__main__ import main
+from pipeline.dvc import checkout
 from pipeline.dvc.checkout import committed
 from pipeline.errors import PipelineError
 from pipeline.sweep import Point, grid, save_point, table, unmatched
-from tests.pipeline.project import WORK, Project, git
+from tests.pipeline.project import WORK, Project, environment, git, until
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -181,6 +185,30 @@ def test_what_is_edited_meanwhile_is_no_points(
     for value in (7, 8):
         ref = ExpRefInfo(git(root, "rev-parse", "HEAD").strip(), f"first.value={value}")
         assert '"last": {"value": 3,' in git(root, "show", f"{ref}:params.yaml")
+
+
+def test_a_point_that_another_sweep_runs_is_waited_for(
+    sweeping: Project, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second sweep ended after a minute, with its later points not run."""
+    monkeypatch.setattr(checkout, "PAUSE", 0.1)
+    root = sweeping.root
+    sweeping.set(first={"then": "meet"})
+    words = ["sweep", "first.value=7,8", "--stage", "first"]
+    command = [sys.executable, "-m", "pipeline", *words]
+    with subprocess.Popen(command, cwd=root, env=environment()) as first:
+        until(lambda: (root / ".scratch/first").exists())
+        with subprocess.Popen(command, cwd=root, env=environment(), stderr=subprocess.PIPE) as last:
+            assert last.stderr is not None
+            told = next(line for line in last.stderr if b"runs here" in line)
+            assert told.startswith(b"sweep-first.value=7 runs here already (process ")
+            last.send_signal(signal.SIGINT)
+            assert last.wait(20) == 130, "Ctrl-C ends the waiting"
+        threading.Timer(3.0, (root / ".scratch/second").touch).start()
+        assert main(words) == 0
+        assert first.wait(60) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [row[:-1] for row in rows if row[0] == "7"] == [["7", "up", "to", "date"]]
 
 
 def test_an_experiment_of_other_params_is_not_replaced_without_a_word(

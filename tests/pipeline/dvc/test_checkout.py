@@ -5,6 +5,7 @@ stays after it.
 from __future__ import annotations
 
 import logging
+import os
 import re
 import shutil
 import subprocess
@@ -251,20 +252,22 @@ def test_checkpoints_outlive_a_tree_also_where_a_variable_is_empty_or_relative(
     assert lasting(tmp_path)["DUALIGN_SCRATCH"] == "/elsewhere"
 
 
-def test_the_same_stage_waits_for_its_turn(clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkout, "PATIENCE", 0.0)
+def test_a_tree_in_use_is_waited_for_until_the_wait_is_over(
+    clone: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkout, "PAUSE", 0.05)
     told: list[str] = []
+    over = threading.Event()
+    over.set()
     path = clone / ".dvc/tmp/stages/one.lock"
     with (
         held(path, "taken"),
-        pytest.raises(PipelineError, match="the same stage runs on this node"),
-        working_tree(clone, "HEAD", "one", logging.log),
+        pytest.raises(PipelineError, match=rf"^one runs here already \(process {os.getpid()}\)"),
+        working_tree(clone, "HEAD", "one", logging.log, over),
     ):
         pass
-    monkeypatch.setattr(checkout, "PATIENCE", 60.0)
-    monkeypatch.setattr(checkout, "PAUSE", 0.05)
     lock = held(path, "taken")
     lock.__enter__()
     threading.Timer(0.5, lambda: lock.__exit__(None, None, None)).start()
     with working_tree(clone, "HEAD", "one", lambda _, line: told.append(line)) as (tree, _):
-        assert tree.exists() and "the same stage runs" in told[0]
+        assert tree.exists() and len(told) == 1 and told[0].startswith("one runs here already")
