@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from pipeline import yaml_text
 from pipeline.dvc.parameters import replace_file
@@ -23,11 +24,15 @@ GATHERED = Path("reports/seeds")
 
 def own_seed(root: Path) -> int:
     """The seed of params.yaml. Raises PipelineError where it has none."""
-    content = yaml_text.load(yaml_text.read(root / "params.yaml"))
+    content = _params(root)
     seed = content.get("seed") if isinstance(content, dict) else None
     if not isinstance(seed, int):
         raise PipelineError("params.yaml: seed is no whole number, and other seeds go beside it")
     return seed
+
+
+def _params(root: Path) -> Any:
+    return yaml_text.load(yaml_text.read(root / "params.yaml"))
 
 
 def points(root: Path, seeds: Sequence[int]) -> list[Point]:
@@ -58,11 +63,19 @@ def gather(root: Path, found: Sequence[Point], options: Sequence[str], cluster: 
 
     Nothing is left there of a seed whose run did not, and nothing runs for one that is up to date.
 
-    Raises PipelineError as `sweep` does, before anything runs."""
+    Raises PipelineError as `sweep` does, before anything runs, and where params.yaml was edited
+    since: this run would be one of other params than they."""
+    before = _params(root)
     sweep(root, found, [REPORT], ["--stage", REPORT, *options], cluster)
     for point in found:
         _keep(root / GATHERED / f"{point.settings['seed']}.json", point)
-    return all(point.end in GOOD for point in found)
+    good = all(point.end in GOOD for point in found)
+    if good and _params(root) != before:
+        raise PipelineError(
+            "params.yaml: edited while the seeds ran, so this run would be one of other params;"
+            " with those that you want in it, run this again (what has ended counts)"
+        )
+    return good
 
 
 def _keep(path: Path, point: Point) -> None:
