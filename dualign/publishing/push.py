@@ -91,7 +91,7 @@ def push(policy: Published, to: str, base: str | None = None, *, private: bool =
     """Push to `owner/name` or to `file://FOLDER`; returns where it lies.
 
     Raises DataError, before anything is loaded, where the target is no such name or exists already
-    as a folder, where there is no adapter, or the hub refuses.
+    as a folder, where there is no adapter, or the hub does not know who asks; and where it refuses.
     """
     _check_target(to)
     card = str(policy_card(policy, name_at(to), base))
@@ -106,13 +106,14 @@ def push(policy: Published, to: str, base: str | None = None, *, private: bool =
 def _to_hub(policy: Published, card: str, to: str, base: str | None, private: bool) -> str:
     hub = HfApi()
     with _refusals(to):
-        hub.create_repo(to, private=private, exist_ok=True)
-        if private and not hub.model_info(to).private:
-            raise DataError(f"{to}: is there and public; make it private in its settings first")
+        hub.whoami()
     with tempfile.TemporaryDirectory(prefix="dualign-push-") as folder:
         out = Path(folder) / "policy"
         staged(policy, card, out, base)
         with _refusals(to):
+            hub.create_repo(to, private=private, exist_ok=True)
+            if private and not hub.model_info(to).private:
+                raise DataError(f"{to}: is there and public; make it private in its settings first")
             done = hub.upload_folder(
                 repo_id=to, folder_path=out, commit_message="A policy by dualign",
                 delete_patterns=_OF_A_POLICY,

@@ -22,7 +22,7 @@ from dualign.certify.certificate import Certificate
 from dualign.certify.evidence import files
 from dualign.certify.requirement import Requirement
 from dualign.core.artifacts import read_json, write_json
-from dualign.core.errors import DataError
+from dualign.core.errors import DataError, DualignError
 from dualign.core.records import Certified, Comparison, Provenance, as_row
 from dualign.data import world
 from dualign.lm import models
@@ -348,6 +348,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]:
     Hub.status, Hub.said, Hub.asked, Hub.held, Hub.commits = 200, {}, [], [], []
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("HF_TOKEN", "hf_test")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
     yield Hub
@@ -410,6 +411,15 @@ def test_what_another_policy_left_in_a_repository_goes_with_its_weights(
     assert {"README.md", "config.json", "model.safetensors"} <= deeds["file"]
 
 
+def test_a_policy_that_cannot_be_staged_leaves_no_empty_repository(
+    run: Path, hub: type[Hub]
+) -> None:
+    (run / "models/sft/model.safetensors").write_bytes(b"cut short")
+    with pytest.raises(DualignError):
+        push(policy(run, "reward_dpo/one"), "owner/it")
+    assert hub.asked == ["/api/whoami-v2"]
+
+
 def test_a_name_without_its_owner_is_refused_before_a_repository_is_made(
     run: Path, hub: type[Hub]
 ) -> None:
@@ -422,6 +432,7 @@ def test_a_hub_that_is_not_reached_is_told_in_one_line(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its client raises errors of the network that are none of the system's."""
+    monkeypatch.setenv("HF_TOKEN", "hf_test")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(DataError, match=r"^owner/sft: cannot be pushed \(.*\); unset HF_HUB_OFF"):
         push(policy(run, "sft"), "owner/sft")
