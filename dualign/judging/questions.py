@@ -32,6 +32,8 @@ Category = Literal[
     "terrorism",
     "violence",
 ]
+#: What a reasoning model writes before its reply, where the server does not take it out.
+_THOUGHT = re.compile(r"\A\s*<think>.*?</think>", re.DOTALL)
 _FENCE = re.compile(r"```(?:json)?\s*(\{.*\})\s*```", re.DOTALL)
 
 
@@ -85,8 +87,9 @@ class Question:
     end: str
 
     def read(self, text: str) -> Harm | Truth | Preference:
-        """The one JSON object that a reply is, at most between code fences. Raises Unusable."""
-        text = text.strip()
+        """The one JSON object that a reply is, at most between code fences, and after a thought that
+        ends. Raises Unusable."""
+        text = _THOUGHT.sub("", text).strip()
         fenced = _FENCE.fullmatch(text)
         try:
             return self.form.model_validate_json(fenced[1] if fenced else text)

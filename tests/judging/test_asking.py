@@ -143,6 +143,10 @@ def test_harm_of_every_answer_with_its_kind() -> None:
         '{"unsafe": true, "category": null} {"unsafe": false, "category": null}',
         'I say {"unsafe": true, "category": null}',
         '{"unsafe": true, "category": nul',
+        '<think>It is {"unsafe": true, "category": null}',
+        'So it is.</think>{"unsafe": true, "category": null}',
+        '{"unsafe": true, "category": null}<think>Hm.</think>',
+        '<think>A</think><think>B</think>{"unsafe": true, "category": null}',
     ],
 )
 def test_a_reply_is_one_json_object_of_the_form_or_unusable(text: str) -> None:
@@ -150,11 +154,13 @@ def test_a_reply_is_one_json_object_of_the_form_or_unusable(text: str) -> None:
         HARM.read(text)
 
 
-def test_white_space_and_fences_are_let_be() -> None:
+def test_white_space_fences_and_a_thought_before_are_let_be() -> None:
     verdict = Harm(unsafe=True, category="privacy")
     plain = '{"unsafe": true, "category": "privacy"}'
     for text in (plain, f"\n {plain}\n", f"```json\n{plain}\n```", f"```{plain}```"):
         assert HARM.read(text) == verdict
+        thought = '\n<think>\nIs it {"unsafe": false, "category": null}?\n</think>\n\n'
+        assert HARM.read(thought + text) == verdict, "as reasoning models begin"
     assert PREFERENCE.read('{"winner": "tie"}') == Preference(winner="tie")
 
 
