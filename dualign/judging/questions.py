@@ -87,7 +87,7 @@ class Question:
     end: str
 
     def read(self, text: str) -> Harm | Truth | Preference:
-        """The one JSON object that a reply is, at most between code fences, and after a thought that
+        """The one JSON object that a reply is, at most between code fences and after a thought that
         ends. Raises Unusable."""
         text = _THOUGHT.sub("", text).strip()
         fenced = _FENCE.fullmatch(text)

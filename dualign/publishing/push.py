@@ -127,9 +127,9 @@ def _refusals(to: str) -> Iterator[None]:
     try:
         yield
     except (*_OF_HUB, RuntimeError) as error:
-        cause = error.__cause__ if isinstance(error, RuntimeError) else error  # of one file of many
-        if not isinstance(cause, _OF_HUB):
-            raise
+        # RuntimeError is of one file of many, or of what carries large ones, which has no cause
+        told = error.__cause__ if isinstance(error, RuntimeError) else error
+        cause = told if isinstance(told, _OF_HUB) else error
         raise DataError(f"{to}: cannot be pushed ({_reason(cause)}); {_remedy(cause)}") from error
 
 

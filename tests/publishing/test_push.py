@@ -305,9 +305,10 @@ def write_provenance(root: Path, stage: str, params: dict[str, Any]) -> None:
 
 class Hub(BaseHTTPRequestHandler):
     """A hub that answers what it is told, and counts what it is asked. `held` are the files of its
-    repository, `commits` the lines of those that were made."""
+    repository, `commits` the lines of those that were made, `mode` the way of uploads."""
 
     status = 200
+    mode = "regular"
     said: ClassVar[dict[str, Any]] = {}
     asked: ClassVar[list[str]] = []
     held: ClassVar[list[str]] = []
@@ -329,7 +330,7 @@ class Hub(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers["Content-Length"]))
         if "/preupload/" in self.path:
             files = [
-                {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
+                {"path": file["path"], "uploadMode": self.mode, "shouldIgnore": False}
                 for file in json.loads(body)["files"]
             ]
             self.say(json.dumps({"files": files}).encode())
@@ -346,6 +347,7 @@ class Hub(BaseHTTPRequestHandler):
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]:
     """A hub on this machine, which the client is led to."""
     Hub.status, Hub.said, Hub.asked, Hub.held, Hub.commits = 200, {}, [], [], []
+    Hub.mode = "regular"
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setenv("HF_TOKEN", "hf_test")
@@ -409,6 +411,17 @@ def test_what_another_policy_left_in_a_repository_goes_with_its_weights(
         deeds.setdefault(line["key"], set()).add(line["value"].get("path", ""))
     assert deeds["deletedFile"] == set(gone)
     assert {"README.md", "config.json", "model.safetensors"} <= deeds["file"]
+
+
+def test_what_carries_large_files_fails_in_one_line(run: Path, hub: type[Hub]) -> None:
+    """It raises RuntimeError, without a cause."""
+    hub.mode = "lfs"
+    hub.said = {
+        "url": "https://huggingface.co/owner/sft", "id": "owner/sft", "sha": "0" * 40, "tags": [],
+        "private": False, "casUrl": "nowhere", "accessToken": "t", "exp": 2**40,
+    }  # fmt: skip
+    with pytest.raises(DataError, match=r"^owner/sft: cannot be pushed \(.*URL.*\); look after"):
+        push(policy(run, "sft"), "owner/sft")
 
 
 def test_a_policy_that_cannot_be_staged_leaves_no_empty_repository(
