@@ -14,6 +14,7 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from dualign.core.records import Record, as_row, fault, read_record
 
 PROG = "python -m dualign.evaluation.harness"
 FOLDER = Path("reports/harness")
+#: Characters of a record's name; files of 255 bytes at most are named.
+LONGEST = 200
 
 
 class HarnessRow(Record):
@@ -54,9 +57,11 @@ class HarnessRecord(Record):
 
     @property
     def name(self) -> str:
-        """The name of its file."""
+        """The name of its file, cut where no file is called so, with a digest of the whole."""
         parts = (self.harness, self.model.removeprefix("models/"), self.task)
-        return "-".join(re.sub(r"[^A-Za-z0-9._]+", "_", part).strip("_.") for part in parts)
+        name = "-".join(re.sub(r"[^A-Za-z0-9._]+", "_", part).strip("_.") for part in parts)
+        digest = sha256(name.encode()).hexdigest()[:8]
+        return name if len(name) <= LONGEST else f"{name[: LONGEST - 9]}-{digest}"
 
 
 # --- lm-evaluation-harness ------------------------------------------------------------------------

@@ -124,6 +124,16 @@ def test_an_import_writes_a_file_for_each_task_and_a_later_one_replaces_it(
     assert read_json(f"reports/harness/{names[1]}.json")["rows"][0]["error"] is None
 
 
+def test_a_model_of_a_long_name_has_a_file_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = [f"me/{'long' * 100}-{end}" for end in "ab"]
+    for name in names:
+        assert main([str(edited(LM_EVAL, tmp_path, model_name=name, config={}))]) == 0
+    assert [record.model for record in read_imported(tmp_path)] == names
+
+
 def test_two_results_of_one_name_are_refused_and_nothing_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
