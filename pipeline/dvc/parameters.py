@@ -135,15 +135,17 @@ def place(text: str, label: Node, node: Node) -> tuple[int, int]:
 def replace_file(path: Path, text: str) -> None:
     """Write a text file whole or not at all; what a kill leaves lies in a folder of DVC's.
 
-    A link stays one, and the file that it leads to keeps its mode. Raises PipelineError where the
-    place cannot be written."""
+    A link stays one, and the file that it leads to keeps its mode and its line ends. Raises
+    PipelineError where the place cannot be written."""
     target = path.resolve()
     room = target.parent / ".dvc" / "tmp"
     temporary = (room if room.is_dir() else target.parent) / f".{path.name}.{os.getpid()}.tmp"
     try:
         target.parent.mkdir(exist_ok=True)
-        temporary.write_text(text)
-        if target.exists():
+        there = target.exists()
+        ends = "\r\n" if there and b"\r\n" in target.read_bytes() else "\n"
+        temporary.write_text(text, newline=ends)
+        if there:
             shutil.copymode(target, temporary)
         temporary.replace(target)
     except OSError as error:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
+from pipeline import yaml_text
 from pipeline.dvc.parameters import assign, parse, replace_file, settings_of, span
 from pipeline.errors import PipelineError
 
@@ -212,6 +213,15 @@ def test_a_file_is_written_through_its_link_and_keeps_its_mode(tmp_path: Path) -
     link.symlink_to(kept)
     replace_file(link, "new")
     assert link.is_symlink() and kept.read_text() == "new" and kept.stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_a_file_keeps_its_line_ends(tmp_path: Path, end: str) -> None:
+    """Editors on Windows write such, and `git diff` called every line changed by one `--set`."""
+    params = tmp_path / "params.yaml"
+    params.write_text("seed: 1\nbeta: 2\n", newline=end)
+    replace_file(params, assign(yaml_text.read(params), {"seed": 3}))
+    assert params.read_bytes() == f"seed: 3{end}beta: 2{end}".encode()
 
 
 def test_a_file_that_cannot_be_written_is_told_and_nothing_is_left(tmp_path: Path) -> None:
