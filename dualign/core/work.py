@@ -92,4 +92,5 @@ def peak_memory() -> float:
 
 def host_peak() -> float:
     """The most memory of the host that this process has held, in GiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    told = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return told / (2**30 if sys.platform == "darwin" else 2**20)  # bytes on a Mac, else kibibytes

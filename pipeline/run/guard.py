@@ -17,6 +17,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
@@ -28,11 +29,14 @@ if TYPE_CHECKING:
 GRACE = 20.0
 #: Seconds that DVC has to end where it has run no command yet: it looks, fetches, or waits.
 RELEASE = 5.0
+#: Seconds between two looks whether DVC runs a command.
+LOOK = 0.5
 
 
 def main(argv: list[str]) -> int:
     """Run the command `argv`; returns its exit status."""
     process = subprocess.Popen(argv, stdin=subprocess.DEVNULL)
+    ran = threading.Event()
     wake, alarm = os.pipe()
 
     def after(event: Callable[[], object]) -> None:
@@ -43,15 +47,28 @@ def main(argv: list[str]) -> int:
         signal.signal(number, lambda *_: os.write(alarm, b"."))
     for event in (lambda: os.read(sys.stdin.fileno(), 1), process.wait):
         threading.Thread(target=after, args=(event,), daemon=True).start()
+    threading.Thread(target=notice, args=(process.pid, ran), daemon=True).start()
     os.read(wake, 1)
     if process.poll() is None:
-        stop(process.pid)
+        stop(process.pid, ran)
     return process.wait()
 
 
-def stop(pid: int) -> None:
+def notice(pid: int, ran: threading.Event) -> None:
+    """Set `ran` once a process runs below `pid`. DVC itself starts none but its command, whose
+    seconds the system of a Mac does not tell once it has ended.
+    """
+    import psutil
+
+    with contextlib.suppress(psutil.NoSuchProcess):
+        while not psutil.Process(pid).children():
+            time.sleep(LOOK)
+        ran.set()
+
+
+def stop(pid: int, ran: threading.Event) -> None:
     """End the processes below `pid`, then wait for it to end; kill it only if it does not, and has
-    no result to record.
+    no result to record, for no command `ran`.
     """
     import psutil
 
@@ -62,15 +79,9 @@ def stop(pid: int) -> None:
         psutil.wait_procs(family, timeout=GRACE)
         left = {*family, *_children(parent)}
         _each(left, psutil.Process.kill)
-        patience = None if _has_run(parent) else RELEASE
+        patience = None if ran.is_set() else RELEASE
         if psutil.wait_procs([parent], timeout=patience)[1]:
             _each([*_children(parent), parent], psutil.Process.kill)
-
-
-def _has_run(parent: psutil.Process) -> bool:
-    """Whether a process below it has worked and ended. DVC itself starts none but its command."""
-    times = parent.cpu_times()
-    return bool(times.children_user + times.children_system > 0)
 
 
 def _children(parent: psutil.Process) -> list[psutil.Process]:
