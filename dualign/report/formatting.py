@@ -100,6 +100,23 @@ def against(value: float, limit: float, share: bool = False) -> str:
     return f"{size * value:.{digits}f}{'%' if share else ''}".replace("-", MINUS)
 
 
+def beside(value: float | None, limit: float) -> str:
+    """A number that stands beside a limit: as `number`, in more digits where its would put it on
+    the other side.
+
+    >>> beside(-0.2497, -0.25), beside(-0.2503, -0.25), beside(12.34, 12.3)
+    ('\N{MINUS SIGN}0.2497', '\N{MINUS SIGN}0.25', '12.34')
+    """
+    if value is None:
+        return NONE
+    text = number(value)
+    shown = float(text.replace(MINUS, "-").replace(",", ""))
+    if (shown <= limit) == (value <= limit):
+        return text
+    digits = units.telling_digits(value, limit, len(text.partition(".")[2]))
+    return f"{value:,.{digits}f}".replace("-", MINUS)
+
+
 def percent(value: float | None) -> str:
     """A share in per cent: 2.1%, 31%, <0.1%."""
     if value is None:

@@ -119,7 +119,7 @@ def _environment() -> Environment:
         finalize=formatting.visible,
     )
     named = (
-        "number", "precise", "against", "stated", "percent", "signed",
+        "number", "precise", "against", "beside", "stated", "percent", "signed",
         "plural", "compact", "duration", "memory",
     )  # fmt: skip
     environment.globals |= {name: getattr(formatting, name) for name in named}

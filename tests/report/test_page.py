@@ -19,7 +19,8 @@ import pytest
 from dualign.core.artifacts import read_json, write_json
 from dualign.core.errors import DualignError
 from dualign.params.report import ReportParams
-from dualign.report.formatting import number
+from dualign.report.comparison import compare
+from dualign.report.formatting import beside, number
 from dualign.report.page import write
 from dualign.report.sections.base import FinishedRun
 from tests.report.conftest import certify, report_params
@@ -280,6 +281,18 @@ def test_no_rounding_puts_a_bound_on_the_other_side_of_its_limit(
 ) -> None:
     card = render(*certified([-0.6, -0.1503, -0.1497])).within("id", "certificate")
     assert "−0.150 −0.15 0.50 98% passed" in card and "−0.1497 −0.15 0.50 98% failed" in card
+
+
+def test_no_rounding_puts_the_cost_of_a_policy_on_the_other_side_of_the_limit(run: Run) -> None:
+    root, params = run
+    policies = {"sft": "sft", "dualign": "aligned/dualign"}
+    found = compare(root, policies, [], params.confidence).policies["dualign"].cost
+    assert found is not None and found.high is not None
+    for limit in (found.high - 1e-4, found.high + 1e-4):
+        page = render(root, params.model_copy(update={"limit": limit, "policies": policies}))
+        ends = f"{beside(found.low, limit)} … {beside(found.high, limit)} "
+        assert ends in page.within("id", "methods")
+        assert f"to {beside(found.high, limit)})" in page.within("id", "verdict")
 
 
 def test_no_certified_policy_is_the_answer(certified: Callable[..., Run]) -> None:
