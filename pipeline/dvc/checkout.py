@@ -140,14 +140,23 @@ def _add(root: Path, commit: str, tree: Path) -> None:
         "w"
     ) as turn:  # git's own lock fails at once
         fcntl.flock(turn, fcntl.LOCK_EX)
-        if not _has(root, commit):  # a clone of one branch fetches that one alone by itself
-            git(root, "fetch", "--quiet", "origin", "+refs/heads/*:refs/remotes/origin/*")
-        if not _has(root, commit):
-            raise PipelineError(
-                f"commit {commit[:10]} is not in the remote of {root}; see `git remote -v` there"
-            )
+        _fetch(root, commit)
         _remove(root, tree)
         git(root, "worktree", "add", "--quiet", "--force", "--detach", str(tree), commit)
+
+
+def _fetch(root: Path, commit: str) -> None:
+    """Get a commit from any remote, where it is not there; raises PipelineError if none has it."""
+    said = ""
+    for remote in git(root, "remote").split():
+        if not _has(root, commit):  # a clone of one branch fetches that one alone by itself
+            branches = f"+refs/heads/*:refs/remotes/{remote}/*"
+            said = asked(root, "fetch", "--quiet", remote, branches).stderr or said
+    if not _has(root, commit):
+        why = f" ({complaint(said)})" if said else ""
+        raise PipelineError(
+            f"commit {commit[:10]} is not in a remote of {root}{why}; see `git remote -v` there"
+        )
 
 
 def _has(root: Path, commit: str) -> bool:

@@ -187,7 +187,7 @@ def test_trees_of_others_on_a_disk_that_is_away_stay(clone: Path, tmp_path: Path
     assert git(own, "status", "--porcelain") == ""
 
 
-def test_a_commit_that_came_later_is_fetched_and_one_that_is_nowhere_is_told(
+def test_a_commit_that_came_later_is_fetched_from_any_remote_and_one_that_is_nowhere_is_told(
     clone: Path, project: Project
 ) -> None:
     git(clone, "config", "remote.origin.fetch", "+refs/heads/other:refs/remotes/origin/other")
@@ -195,10 +195,12 @@ def test_a_commit_that_came_later_is_fetched_and_one_that_is_nowhere_is_told(
     (project.root / "work.py").write_text("# newer\n")
     git(project.root, "commit", "-qam", "newer")
     commit = git(project.root, "rev-parse", "HEAD").strip()
+    git(clone, "remote", "rename", "origin", "ours")
+    git(clone, "remote", "add", "gone", str(clone / "nowhere"))
     with working_tree(clone, commit, "one", logging.log) as (tree, _):
         assert (tree / "work.py").read_text() == "# newer\n"
     with (
-        pytest.raises(PipelineError, match="commit 0000000000 is not in the remote"),
+        pytest.raises(PipelineError, match=r"^commit 0{10} is not in a remote of .* \(.*\); see"),
         working_tree(clone, "0" * 40, "one", logging.log),
     ):
         pass
