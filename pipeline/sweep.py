@@ -198,7 +198,7 @@ def _run(
         identity.VARIABLE: identity.name(root),
     }
     changed = {"params.yaml": assign(files["params.yaml"], point.settings)}
-    with working_tree(root, commit, f"sweep-{point.name}", log.log, over) as (tree, _):
+    with working_tree(root, commit, f"sweep-{point.name}", log.log, over) as (tree, lock):
         write_files(
             tree, {**files, **changed, **_recorded(root, point.name), **inputs.answers(root)}
         )
@@ -216,7 +216,7 @@ def _run(
         else:
             log.info("%s: starts", point.name)
             command = [sys.executable, "-m", "pipeline", "run", *settings, *options]
-            code = _followed(command, tree, told, point.name)
+            code = _followed(command, tree, told, point.name, lock)
             point.end = ENDS.get(code, f"exit {code}")
             write_files(root, inputs.questions(tree))
             if "--cluster" in options and point.end in GOOD:
@@ -263,9 +263,11 @@ def _counts(spec: StageSpec, dag: Mapping[str, StageSpec], stages: Sequence[str]
     return spec.name in stages or spec.name.split("@")[0] in stages
 
 
-def _followed(command: Sequence[str], tree: Path, environment: Mapping[str, str], name: str) -> int:
-    """Run a command, each line of its output with the name of its point before it; returns its exit
-    status.
+def _followed(
+    command: Sequence[str], tree: Path, environment: Mapping[str, str], name: str, lock: int
+) -> int:
+    """Run a command, which holds the tree too, each line of its output with the name of its point
+    before it; returns its exit status.
     """
     with subprocess.Popen(
         command,
@@ -274,6 +276,7 @@ def _followed(command: Sequence[str], tree: Path, environment: Mapping[str, str]
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        pass_fds=[lock],
     ) as process:
         assert process.stdout is not None
         for line in process.stdout:

@@ -211,6 +211,25 @@ def test_a_point_that_another_sweep_runs_is_waited_for(
     assert [row[:-1] for row in rows if row[0] == "7"] == [["7", "up", "to", "date"]]
 
 
+def test_the_run_of_a_sweep_that_was_killed_keeps_its_tree(sweeping: Project) -> None:
+    """The next sweep took it away from below the stage."""
+    root = sweeping.root
+    sweeping.set(first={"then": "meet"})
+    command = [sys.executable, "-m", "pipeline", "sweep", "first.value=7", "--stage", "first"]
+    with subprocess.Popen(command, cwd=root, env=environment()) as first:
+        until(lambda: (root / ".scratch/first").exists())
+        first.kill()
+    (root / ".scratch/first").unlink()
+    with subprocess.Popen(command, cwd=root, env=environment(), stderr=subprocess.PIPE) as last:
+        assert last.stderr is not None
+        lines = iter(last.stderr.readline, b"")
+        told = next(line for line in lines if b"runs here" in line or b"starts" in line)
+        (root / ".scratch/second").touch()
+        (root / ".scratch/third").touch()
+        last.stderr.read()
+    assert b"sweep-first.value=7 runs here already" in told and last.returncode == 0
+
+
 def test_an_experiment_of_other_params_is_not_replaced_without_a_word(
     project: Project, caplog: pytest.LogCaptureFixture
 ) -> None:
