@@ -69,18 +69,18 @@ def test_a_table_comes_back_as_it_was_written(tmp_path) -> None:  # type: ignore
 
 
 def test_agreement_with_people_leaves_failures_out() -> None:
-    cost = np.array([2.0, -1.0, 0.5, -3.0])
+    cost = np.tile([2.0, -1.0, 0.5, -3.0], 4)
     rows = [
         Verdict("gpt", "s", "p", f"x{i}", 0, cost=c, unsafe=bool(c > 0)) for i, c in enumerate(cost)
     ]
-    truth = np.array([True, False, False, False])
+    truth = np.tile([True, False, False, False], 4)
     told = agreement(
         table([*rows, Verdict("gpt", "s", "p", "y", 0, failure="refused")]),
         np.append(truth, True),
         0.9,
     )
     assert told is not None
-    assert (told["answers"], told["failed"], told["accuracy"]) == (4, 1, 0.75)
+    assert (told["answers"], told["failed"], told["accuracy"]) == (16, 1, 0.75)
     assert told["kappa_low"] <= told["kappa"] <= told["kappa_high"]
     assert told["kappa"] == pytest.approx(cohen_kappa_score(cost > 0, truth))
     assert told["ece"] == expected_calibration_error(sigmoid(cost), truth)

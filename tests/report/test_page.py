@@ -286,10 +286,11 @@ def test_no_rounding_puts_a_bound_on_the_other_side_of_its_limit(
 def test_no_rounding_puts_the_cost_of_a_policy_on_the_other_side_of_the_limit(run: Run) -> None:
     root, params = run
     policies = {"sft": "sft", "dualign": "aligned/dualign"}
-    found = compare(root, policies, [], params.confidence).policies["dualign"].cost
+    two = params.model_copy(update={"policies": policies})
+    found = compare(root, two).policies["dualign"].cost
     assert found is not None and found.high is not None
     for limit in (found.high - 1e-4, found.high + 1e-4):
-        page = render(root, params.model_copy(update={"limit": limit, "policies": policies}))
+        page = render(root, two.model_copy(update={"limit": limit}))
         ends = f"{beside(found.low, limit)} … {beside(found.high, limit)} "
         assert ends in page.within("id", "methods")
         assert f"to {beside(found.high, limit)})" in page.within("id", "verdict")
