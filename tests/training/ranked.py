@@ -59,7 +59,6 @@ LOSSES = {
     "bernoulli": PairLossConfig(0.8, 1.7, labels="bernoulli"),
     "adapter": PairLossConfig(0.5, 0.5),
     "muon": PairLossConfig(0.8, 1.7, anchor=0.3, nll=0.02),
-    "muon_adapter": PairLossConfig(0.5, 0.5),
 }
 
 GRADIENT = PolicyGradient(
@@ -171,7 +170,7 @@ def training(kind: str, how: Resources, folder: Path) -> dict[str, Any]:
     """The course of a training and what came of it; the same where it goes on from a checkpoint,
     and where it had ended.
     """
-    optimiser = "muon" if kind.startswith("muon") else "adamw"
+    optimiser = "muon" if kind == "muon" else "adamw"
     settings = TRAINING.model_copy(update={"optimiser": optimiser})
     job = Job(settings, how, folder / kind, seed=3)
     found = {}

@@ -16,8 +16,7 @@ import torch
 from dualign.core.artifacts import read_json
 
 ROOT = Path(__file__).resolve().parents[2]
-MUON = ["muon", "muon_adapter"]
-TRAININGS = ["sft", "reward", "cost", "dpo", "safety_dpo", "lagrangian", "adapter", *MUON]
+TRAININGS = ["sft", "reward", "cost", "dpo", "safety_dpo", "lagrangian", "adapter", "muon"]
 GRADIENTS = ["gradient", "gradient_adapter"]
 ONLY_WHOLE = ["kto", "bernoulli"]
 IN_BF16 = ["dpo", "adapter", "gradient"]
