@@ -31,7 +31,7 @@ from dualign.evaluation.rollout import Scorers, roll_out
 from dualign.evaluation.stats import clustered_mean, clustered_share
 from dualign.lm.sampling import check_prompts
 from dualign.lm.tokens import encode_answers, encode_prompts, retokenised_share
-from dualign.math.dual.root import within_sd
+from dualign.math.spread import within_sd
 from dualign.params.models import ScoreParams
 from dualign.scoring.support import HELD_OUT
 from dualign.stage import Run, execute

@@ -28,6 +28,7 @@ MODULES = {
     "dualign.math.constraints": None,
     "dualign.math.pricing": None,
     "dualign.math.losses": None,
+    "dualign.math.spread": None,
     "dualign.math.tabular": None,
     "dualign.math.updates": None,
     "dualign.scoring.calibration": None,

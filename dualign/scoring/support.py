@@ -15,7 +15,7 @@ import pandas as pd
 
 from dualign.core.errors import DataError
 from dualign.core.schema import SUPPORT, by_prompt, read_table
-from dualign.math.dual.root import within_sd
+from dualign.math.spread import within_sd
 from dualign.params.base import PessimismParams
 
 Array = np.ndarray

@@ -21,8 +21,7 @@ Run = tuple[Path, ReportParams]
 
 def finish(root: Path, params: ReportParams) -> None:
     """What the report and the stages before it leave, as far as the tables read it."""
-    policies = (params.policies, params.certificates, params.confidence, params.limit)
-    compared = comparison.compare(root, *policies)
+    compared = comparison.compare(root, params)
     write_json(root / "reports/comparison.json", compared.model_dump(mode="json"))
     ran = {
         "stage": "report", "item": None, "params": params.model_dump(mode="json"), "versions": {},

@@ -10,7 +10,8 @@ import numpy as np
 from scipy.special import logsumexp
 
 from dualign.core.errors import InfeasibleError
-from dualign.math.dual.root import TOLERANCE, check_numbers, within_sd
+from dualign.math.dual.root import TOLERANCE, check_numbers
+from dualign.math.spread import within_sd
 
 Array = np.ndarray
 

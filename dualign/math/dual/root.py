@@ -13,6 +13,7 @@ import numpy as np
 from dualign.core.errors import InfeasibleError
 from dualign.math.dual.reach import out_of_reach
 from dualign.math.dual.tilt import weights
+from dualign.math.spread import within_sd
 
 Array = np.ndarray
 #: Newton ends where a step changes no logit by more.
@@ -129,16 +130,6 @@ def _newton(
             return float(proposed), step
         lam = proposed
     return float(lam), step
-
-
-def within_sd(score: Array) -> float:
-    """Square root of the mean within-prompt variance; 0 where it is no more than rounding.
-
-    >>> within_sd(np.array([[0.0, 2.0], [10.0, 12.0]]))
-    1.0
-    """
-    sd = float(np.sqrt(score.var(1).mean()))
-    return sd if sd > 1e-12 * float(np.abs(score).max()) else 0.0
 
 
 def check_numbers(limit: float, beta: float, lambda_max: float, bootstrap: int = 1) -> None:
