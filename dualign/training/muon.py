@@ -16,6 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from dualign.lm.numerics import head_of
+from dualign.training.sharding import full
+
 #: Of the polynomial a s + b s^3 + c s^5, which takes singular values from 0..1 to near 1.
 _A, _B, _C = 3.4445, -4.7750, 2.0315
 _ROUNDS = 5
@@ -81,7 +84,7 @@ class Muon(torch.optim.AdamW):
             state["momentum"] = torch.zeros_like(weight)
         state["momentum"].lerp_(gradient, 1 - self.momentum)
         ahead = gradient.lerp(state["momentum"], self.momentum)
-        return (ahead.full_tensor() if isinstance(ahead, DTensor) else ahead).float()
+        return full(ahead).float()
 
 
 def _by_shape(weights: Sequence[Tensor]) -> Iterator[tuple[torch.Size, list[Tensor]]]:
@@ -131,6 +134,6 @@ def _outer(model: Any) -> Iterator[Tensor]:
     for module in model.modules():
         if isinstance(module, nn.Embedding):
             yield from module.parameters()
-    head = model.get_output_embeddings()
+    head = head_of(model)
     if head is not None:
         yield from head.parameters()

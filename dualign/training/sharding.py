@@ -78,7 +78,7 @@ class Sharding:
         trained = dict(self.model.named_parameters())
         for name, weight in self.whole.named_parameters():
             if weight.requires_grad:
-                weight.data.copy_(_full(trained[name]))
+                weight.data.copy_(full(trained[name]))
         self.whole.to(self._home)
 
 
@@ -89,5 +89,6 @@ def _settings(model: Any) -> list[tuple[Any, str, Any]]:
     return [(config, key, getattr(config, key)) for config, key in held]
 
 
-def _full(weight: torch.Tensor) -> torch.Tensor:
+def full(weight: torch.Tensor) -> torch.Tensor:
+    """A tensor, whole where processes hold shards of it."""
     return weight.full_tensor() if isinstance(weight, DTensor) else weight
