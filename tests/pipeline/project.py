@@ -195,6 +195,16 @@ def add_report(root: Path) -> None:
     (root / ".gitignore").write_text(ignored)
 
 
+def edit_meanwhile(root: Path, script: str, text: str) -> None:
+    """Commit a script of that text which, as it ends, edits the params of the workspace."""
+    own = str(root / "params.yaml")
+    (root / script).write_text(
+        f"{text}\nown = pathlib.Path({own!r})\n"
+        "own.write_text(own.read_text().replace('\"value\": 3', '\"value\": 33'))\n"
+    )
+    git(root, "commit", "-qam", "edits")
+
+
 def gathered(root: Path) -> dict[str, float]:
     """The cost of sft in each comparison of another seed that lies in a project with a report."""
     found = sorted((root / "reports/seeds").glob("*.json"))

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.__main__ import main
-from tests.pipeline.project import REPORT, Project, add_report, gathered, git
+from tests.pipeline.project import REPORT, Project, add_report, edit_meanwhile, gathered, git
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -114,16 +114,11 @@ def test_a_graph_without_a_report_is_refused(
 
 
 def test_what_is_edited_while_seeds_run_is_told(
-    seeding: Project, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    seeding: Project, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """This run was made by the new params, beside seeds of the old ones."""
     root = seeding.root
-    monkeypatch.setenv("WORKSPACE", str(root))
-    (root / "report.py").write_text(
-        f"{REPORT}\nimport os\nown = pathlib.Path(os.environ['WORKSPACE'], 'params.yaml')\n"
-        "own.write_text(own.read_text().replace('\"value\": 3', '\"value\": 33'))\n"
-    )
-    git(root, "commit", "-qam", "edits")
+    edit_meanwhile(root, "report.py", REPORT)
     assert main(["seeds", "8"]) == 2
     assert "params.yaml: edited while the seeds ran" in capsys.readouterr().err
     assert gathered(root) == {"8": 3.8} and not (root / "reports/index.html").exists()

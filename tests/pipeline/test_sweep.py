@@ -21,7 +21,7 @@ from pipeline.dvc import checkout
 from pipeline.dvc.checkout import committed
 from pipeline.errors import PipelineError
 from pipeline.sweep import Point, grid, save_point, table, unmatched
-from tests.pipeline.project import WORK, Project, environment, git, until
+from tests.pipeline.project import WORK, Project, edit_meanwhile, environment, git, until
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -169,17 +169,10 @@ def test_a_sweep_leaves_the_workspace_alone_and_its_points_as_experiments(
     assert kept["first.value=8"]["metrics"]["metrics-first.json"]["data"]["accuracy"]["mean"] == 8
 
 
-def test_what_is_edited_meanwhile_is_no_points(
-    sweeping: Project, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_edited_meanwhile_is_no_points(sweeping: Project) -> None:
     """Later points of a sweep took over params that somebody edited for the next run, unsaid."""
     root = sweeping.root
-    monkeypatch.setenv("WORKSPACE", str(root))
-    (root / "work.py").write_text(
-        f"{WORK}\nparams = pathlib.Path(os.environ['WORKSPACE'], 'params.yaml')\n"
-        "params.write_text(params.read_text().replace('\"value\": 3', '\"value\": 33'))\n"
-    )
-    git(root, "commit", "-qam", "edits")
+    edit_meanwhile(root, "work.py", WORK)
     assert main(["sweep", "first.value=7,8", "--stage", "first"]) == 0
     assert '"value": 33' in (root / "params.yaml").read_text()
     for value in (7, 8):
