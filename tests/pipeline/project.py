@@ -173,10 +173,14 @@ def create(root: Path) -> Project:
 
 
 def add_report(root: Path) -> None:
-    """Give a project seed 7, of which `first` makes use, and a report that other seeds stand in."""
+    """Give a project seed 7, of which `first` makes use, and a report that other seeds stand in:
+    first -> last -> report.
+    """
     graph = json.loads((root / "dvc.yaml").read_text())
-    graph["stages"]["first"]["params"].append("seed")
-    graph["stages"]["report"] = {
+    stages = {name: graph["stages"][name] for name in ("first", "last")}
+    stages["first"]["params"].append("seed")
+    stages["last"]["deps"] = ["out/first"]
+    stages["report"] = {
         "desc": "The report",
         "cmd": "python report.py",
         "deps": ["report.py", "out/last", "reports/seeds"],
@@ -185,7 +189,7 @@ def add_report(root: Path) -> None:
         "metrics": ["reports/comparison.json"],
         "meta": {"pool": "cpu", "gpus": 0, "retries": 0},
     }
-    (root / "dvc.yaml").write_text(json.dumps(graph))
+    (root / "dvc.yaml").write_text(json.dumps({"stages": stages}))
     (root / "report.py").write_text(REPORT)
     params = json.loads((root / "params.yaml").read_text().split("# ", 1)[0])
     (root / "params.yaml").write_text(json.dumps({"seed": 7, **params}) + "# ")
