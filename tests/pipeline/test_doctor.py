@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -106,9 +107,10 @@ def test_no_remedy_takes_what_is_there(project: Project) -> None:
 
 @pytest.mark.slow
 def test_a_server_with_a_password(
-    project: Project, tmp_path_factory: pytest.TempPathFactory
+    project: Project, tmp_path_factory: pytest.TempPathFactory, database: Path
 ) -> None:
     home = tmp_path_factory.mktemp("guarded")
+    shutil.copy(database, home / "prefect.db")
     with serving(home, PREFECT_SERVER_API_AUTH_STRING="team:secret") as api:
         for told, level in (("", "wrong"), ("team:guess", "wrong"), ("team:secret", "ok")):
             with temporary_settings({PREFECT_API_AUTH_STRING: told}):

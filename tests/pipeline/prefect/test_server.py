@@ -5,6 +5,7 @@ not answer.
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -36,8 +37,10 @@ def told(project: Project, home: Path, *command: str, **settings: str) -> tuple[
 
 
 @pytest.fixture
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("prefect")
+def home(tmp_path_factory: pytest.TempPathFactory, database: Path) -> Path:
+    made = tmp_path_factory.mktemp("prefect")
+    shutil.copy(database, made / "prefect.db")
+    return made
 
 
 def test_without_an_address_a_server_is_optional(project: Project, home: Path) -> None:
