@@ -376,10 +376,9 @@ def test_a_cancelled_run_leaves_nothing_and_the_next_goes_on(
     assert (project.root / "kept/first").read_text() == "the checkpoint"
     ended = client.read_flow_run(newest.id).state
     assert ended is not None and ended.name == ("Crashed" if how == "terminate" else "Cancelled")
-    again = subprocess.run(
-        command, cwd=project.root, env=told, capture_output=True, text=True, check=False
-    )
-    assert again.returncode == 0 and "resuming from the checkpoint" in again.stderr
+    again = alignment(stages=["first"], return_state=True)
+    assert again.is_completed()
+    until(lambda: "resuming from the checkpoint" in logged(client, flow_run(again)))
 
 
 @pytest.mark.parametrize("killed", [False, True])
