@@ -5,9 +5,11 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
 
 from pipeline.prefect.pools import obstacle
 from tests.pipeline.project import environment
@@ -20,7 +22,8 @@ POOL = "told"
 @pytest.fixture(scope="module")
 def api(server: str) -> str:
     """A server with a pool that no worker serves."""
-    prefect(server, "work-pool", "create", POOL, "--type", "process")
+    with get_client(sync_client=True) as client:
+        client.create_work_pool(WorkPoolCreate(name=POOL, type="process"))
     return server
 
 
@@ -40,26 +43,28 @@ def prefect(api: str, *command: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("command", "why"),
+    ("of", "change", "why"),
     [
-        (f"work-pool pause {POOL}", f"pool {POOL} is paused"),
+        ("pool", {"is_paused": True}, f"pool {POOL} is paused"),
+        ("pool", {"concurrency_limit": 0}, f"pool {POOL} may run no stage, its limit is 0"),
+        ("queue", {"is_paused": True}, f"queue default of pool {POOL} is paused"),
         (
-            f"work-pool set-concurrency-limit {POOL} 0",
-            f"pool {POOL} may run no stage, its limit is 0",
-        ),
-        (f"work-queue pause default --pool {POOL}", f"queue default of pool {POOL} is paused"),
-        (
-            f"work-queue set-concurrency-limit default 0 --pool {POOL}",
+            "queue",
+            {"concurrency_limit": 0},
             f"queue default of pool {POOL} may run no stage, its limit is 0",
         ),
     ],
 )
 def test_an_obstacle_has_a_remedy_that_helps(
-    api: str, client: SyncPrefectClient, command: str, why: str
+    api: str, client: SyncPrefectClient, of: str, change: dict[str, Any], why: str
 ) -> None:
     nobody = f"no worker of pool {POOL} is online; start one: python -m pipeline work {POOL}"
     assert obstacle(client, POOL, "default") == nobody
-    prefect(api, *command.split())
+    if of == "pool":
+        client.update_work_pool(POOL, WorkPoolUpdate(**change))
+    else:
+        queue = client.read_work_queue_by_name("default", work_pool_name=POOL)
+        client.update_work_queue(queue.id, **change)
     told, remedy = obstacle(client, POOL, "default").split("; prefect ")
     assert told == why
     prefect(api, *remedy.split())
