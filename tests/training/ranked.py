@@ -1,9 +1,10 @@
 """Every training, sampling and scoring on tiny weights, in one process and in several.
 
-    python -m tests.training.ranked PROCESSES,DISTRIBUTED,DEVICE,PRECISION,FOLDER,KIND,... ...
+    python -m tests.training.ranked PROCESSES,DISTRIBUTED,DEVICE,PRECISION,PARTS,FOLDER,KIND,... ...
 
-All are copies of one process, since to import takes longer than to train; the launcher, which
-starts each anew, has its own tests."""
+PARTS is `whole`, or `resumed` for a training that then goes on from a checkpoint, too. All are
+copies of one process, since to import takes longer than to train; the launcher, which starts each
+anew, has its own tests."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ import multiprocessing
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,9 @@ QUESTIONS = world.prompts()[:2]
 ANSWERS = [answer.text for answer in world.answers(QUESTIONS[0])][:38]
 TOKENIZER = train_tokenizer([*ANSWERS, *QUESTIONS], 300)
 PROMPTS = encode_prompts(TOKENIZER, [user(question) for question in QUESTIONS])
+
+#: A training, and the same where it goes on from a checkpoint, and where it had ended.
+PARTS = {"whole": ("whole",), "resumed": ("whole", "resumed", "ended")}
 
 LOSSES = {
     "dpo": PairLossConfig(0.5, 0.5),
@@ -166,15 +170,13 @@ def ascended(model: Model, job: Job, folder: Path) -> Metrics:
     )
 
 
-def training(kind: str, how: Resources, folder: Path) -> dict[str, Any]:
-    """The course of a training and what came of it; the same where it goes on from a checkpoint,
-    and where it had ended.
-    """
+def training(kind: str, how: Resources, folder: Path, parts: Sequence[str]) -> dict[str, Any]:
+    """The course of a training and what came of it, for each of its parts."""
     optimiser = "muon" if kind == "muon" else "adamw"
     settings = TRAINING.model_copy(update={"optimiser": optimiser})
     job = Job(settings, how, folder / kind, seed=3)
     found = {}
-    for name in ("whole", "resumed", "ended"):
+    for name in parts:
         model, metrics = trained(kind, job, folder)
         found[name] = {**metrics, "weights": summed(model)}
         last = last_checkpoint(job.scratch)
@@ -209,15 +211,19 @@ def drawn(how: Resources, folder: Path) -> dict[str, Any]:
     return {"tokens": tokens, "logps": logps.tolist(), "scores": scores.tolist()}
 
 
-def everything(kinds: list[str], how: Resources, folder: Path) -> dict[str, Any]:
+def everything(
+    kinds: list[str], how: Resources, folder: Path, parts: Sequence[str]
+) -> dict[str, Any]:
     made: dict[str, Callable[[], dict[str, Any]]] = {"drawn": lambda: drawn(how, folder)}
     found = {}
     for kind in kinds:
-        found[kind] = made[kind]() if kind in made else training(kind, how, folder)
+        found[kind] = made[kind]() if kind in made else training(kind, how, folder, parts)
     return found
 
 
-def in_rank(rank: int, how: Resources, folder: Path, kinds: list[str]) -> None:
+def in_rank(
+    rank: int, how: Resources, folder: Path, kinds: list[str], parts: Sequence[str]
+) -> None:
     """What one of the processes does; the environment is that of the launcher."""
     if how.processes != 1:
         os.environ.update(
@@ -228,17 +234,16 @@ def in_rank(rank: int, how: Resources, folder: Path, kinds: list[str]) -> None:
         first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
         os.environ["CUDA_VISIBLE_DEVICES"] = first
     launch.join(how)
-    write_json(folder / "found.json", everything(kinds, how, folder))
+    write_json(folder / "found.json", everything(kinds, how, folder, parts))
     leave()
 
 
-def in_all(processes: int, how: Resources, folder: Path, kinds: list[str]) -> bool:
+def in_all(how: Resources, *what: Any) -> bool:
     """Whether all of them ended well; each is a copy of this process, which has imported."""
+    processes = int(how.processes)
     os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(free_port()))
     fork = multiprocessing.get_context("fork")
-    ranks = [
-        fork.Process(target=in_rank, args=(rank, how, folder, kinds)) for rank in range(processes)
-    ]
+    ranks = [fork.Process(target=in_rank, args=(rank, how, *what)) for rank in range(processes)]
     for each in ranks:
         each.start()
     for each in ranks:
@@ -250,9 +255,9 @@ def main() -> None:
     torch.set_num_threads(1)
     gc.freeze()  # as a stage does
     for run in sys.argv[1:]:
-        processes, distributed, device, precision, folder, *kinds = run.split(",")
+        processes, distributed, device, precision, parts, folder, *kinds = run.split(",")
         how = resources(int(processes), distributed, device, precision)
-        if not in_all(int(processes), how, Path(folder), kinds):
+        if not in_all(how, Path(folder), kinds, PARTS[parts]):
             sys.exit(f"{run}: failed")
 
 

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.slow
 def ranked(tmp_path_factory: pytest.TempPathFactory, runs: dict[str, Sequence[str]]) -> Any:
     """What each run finds, by name, of which `tests.training.ranked` tells the first words."""
     folders = {name: tmp_path_factory.mktemp(name) for name in runs}
-    given = [",".join([*how[:4], str(folders[name]), *how[4:]]) for name, how in runs.items()]
+    given = [",".join([*how[:5], str(folders[name]), *how[5:]]) for name, how in runs.items()]
     done = subprocess.run(
         [sys.executable, "-m", "tests.training.ranked", *given],
         cwd=ROOT,
@@ -45,11 +45,11 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
     """What one process finds, what two with whole models do, and what two with shards."""
     whole = ["drawn", *TRAININGS, *GRADIENTS, *ONLY_WHOLE]
     runs = {
-        "one": ["1", "ddp", "cpu", "fp32", *whole],
-        "ddp": ["2", "ddp", "cpu", "fp32", *whole],
-        "fsdp2": ["2", "fsdp2", "cpu", "fp32", *TRAININGS, *GRADIENTS],
-        "one-bf16": ["1", "ddp", "cpu", "bf16", *IN_BF16],
-        "fsdp2-bf16": ["2", "fsdp2", "cpu", "bf16", *IN_BF16],
+        "one": ["1", "ddp", "cpu", "fp32", "whole", *whole],
+        "ddp": ["2", "ddp", "cpu", "fp32", "resumed", *whole],
+        "fsdp2": ["2", "fsdp2", "cpu", "fp32", "resumed", *TRAININGS, *GRADIENTS],
+        "one-bf16": ["1", "ddp", "cpu", "bf16", "whole", *IN_BF16],
+        "fsdp2-bf16": ["2", "fsdp2", "cpu", "bf16", "whole", *IN_BF16],
     }
     found: dict[str, dict[str, Any]] = ranked(tmp_path_factory, runs)
     return found
@@ -123,9 +123,10 @@ def test_shards_train_as_one_process_does_in_bf16(
 def test_a_gpu_trains_as_a_cpu_does(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Of several, all of them together too, which meet by NCCL."""
     kinds = [*TRAININGS, *ONLY_WHOLE]
-    runs = {name: ["1", "ddp", name, "fp32", *kinds] for name in ("cpu", "cuda")}
+    runs = {name: ["1", "ddp", name, "fp32", "resumed", *kinds] for name in ("cpu", "cuda")}
     if torch.cuda.device_count() > 1:
-        runs |= {name: ["2", name, "cuda", "fp32", *TRAININGS] for name in ("ddp", "fsdp2")}
+        how = ["cuda", "fp32", "resumed", *TRAININGS]
+        runs |= {name: ["2", name, *how] for name in ("ddp", "fsdp2")}
     found = ranked(tmp_path_factory, runs)
     expected = found.pop("cpu")
     for name, trainings in found.items():
@@ -139,7 +140,8 @@ def test_a_gpu_trains_as_a_cpu_does(tmp_path_factory: pytest.TempPathFactory) ->
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
 def test_everything_runs_on_a_gpu_in_bf16(tmp_path_factory: pytest.TempPathFactory) -> None:
     kinds = ["drawn", *TRAININGS, *GRADIENTS, *ONLY_WHOLE]
-    found = ranked(tmp_path_factory, {"cuda": ["1", "ddp", "cuda", "bf16", *kinds]})["cuda"]
+    runs = {"cuda": ["1", "ddp", "cuda", "bf16", "whole", *kinds]}
+    found = ranked(tmp_path_factory, runs)["cuda"]
     assert found.keys() == set(kinds)
     for kind in GRADIENTS:
         assert found[kind]["whole"]["history"]["kl"][0] == 0
