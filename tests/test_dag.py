@@ -362,14 +362,28 @@ EDITS = {
 }
 
 
+#: Edits to one run of several: the value, the stage of the run, and what runs again besides.
+RUNS: dict[str, tuple[Any, str, tuple[str, ...]]] = {
+    "reward_dpo.runs.twin.margin_weight": (1.23, "reward_dpo", ("report",)),
+    "safety_dpo.runs.twin.factor": (1.23, "safety_dpo", ("report",)),
+    "lagrangian_dpo.runs.twin.lam": (1.23, "lagrangian_dpo", ("report",)),
+    "lambda_path.runs.twin.lam": (1.23, "lambda_path", ("report",)),
+    "safety_path.runs.twin.lam": (1.23, "safety_path", ("report",)),
+    "methods.twin.reference": ("elsewhere", "dual_search", ("report",)),
+    "suites.twin.prompts": (5, "answer", ("judge@*", "report")),
+    "judges.twin.kind": ("oracle", "judge", ("report",)),
+}
+
+
 @pytest.fixture(scope="module")
 def readers(workspace: Path) -> dict[str, set[str]]:
-    """The stages that each of EDITS puts out of date; DVC says which key it is, so all are made at
+    """The stages that each edit puts out of date; DVC says which key it is, so all are made at
     once.
     """
-    found = status(workspace, *((key, value) for key, (value, _) in EDITS.items()))
-    readers: dict[str, set[str]] = {key: set() for key in EDITS}
-    for key, (stage, listed) in product(EDITS, found.items()):
+    edits = {key: value for key, (value, *_) in (EDITS | RUNS).items()}
+    found = status(workspace, *edits.items())
+    readers: dict[str, set[str]] = {key: set() for key in edits}
+    for key, (stage, listed) in product(edits, found.items()):
         if any(within(key, one, ".") for one in listed):
             readers[key].add(stage)
     return readers
@@ -417,30 +431,13 @@ def test_an_edit_reruns_the_stages_that_read_it(
     assert readers[key] == matching(dag, *EDITS[key][1])
 
 
-@pytest.mark.parametrize(
-    ("key", "value", "stage", "besides"),
-    [
-        ("reward_dpo.runs.twin.margin_weight", 1.23, "reward_dpo", ("report",)),
-        ("safety_dpo.runs.twin.factor", 1.23, "safety_dpo", ("report",)),
-        ("lagrangian_dpo.runs.twin.lam", 1.23, "lagrangian_dpo", ("report",)),
-        ("lambda_path.runs.twin.lam", 1.23, "lambda_path", ("report",)),
-        ("safety_path.runs.twin.lam", 1.23, "safety_path", ("report",)),
-        ("methods.twin.reference", "elsewhere", "dual_search", ("report",)),
-        ("methods.twin.online", {"ridge": 2.0}, "dual_search", ("report",)),
-        ("suites.twin.prompts", 5, "answer", ("judge@*", "report")),
-        ("judges.twin.kind", "oracle", "judge", ("report",)),
-    ],
-)
+@pytest.mark.parametrize("key", RUNS)
 def test_an_edit_to_one_run_leaves_the_others(
-    workspace: Path,
-    dag: dict[str, StageSpec],
-    key: str,
-    value: Any,
-    stage: str,
-    besides: tuple[str, ...],
+    readers: dict[str, set[str]], dag: dict[str, StageSpec], key: str
 ) -> None:
+    _, stage, besides = RUNS[key]
     assert len(matching(dag, f"{stage}@*")) > 1
-    assert set(status(workspace, (key, value))) == {f"{stage}@twin"} | matching(dag, *besides)
+    assert readers[key] == {f"{stage}@twin"} | matching(dag, *besides)
 
 
 def test_a_new_run_leaves_the_others(workspace: Path) -> None:
