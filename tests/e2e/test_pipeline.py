@@ -72,6 +72,8 @@ ONLINE = {
 
 #: Stages that train one policy for each of their runs.
 TRAININGS = ("reward_dpo", "safety_dpo", "lagrangian_dpo", "lambda_path", "safety_path")
+#: Policies that are evaluated: one or two for each way to come by a policy.
+EVALUATED = ("sft", "reward_dpo", "safety_only", "sacpo", "dualign", "certified")
 #: A search on the pool that trains although the limit of this world is slack; nothing but a test of
 #: it reads it.
 BY_GRID = {
@@ -87,6 +89,8 @@ def copy_repository(target: Path) -> None:
     tiny.copy(target, TINY)
     yaml = YAML()
     params = yaml.load((target / "params.yaml").read_text())
+    policies = params["evaluate"]["policies"]
+    params["evaluate"]["policies"] = {name: policies[name] for name in EVALUATED}
     for name, row in ONLINE.items():
         params["methods"][name] = row
         params["evaluate"]["policies"][name] = f"aligned/{name}"
