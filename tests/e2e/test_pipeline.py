@@ -351,12 +351,15 @@ def fails_with(root: Path, python: Path, key: str, typo: str) -> str:
 
 
 def test_a_policy_is_pushed_whole_with_a_card_that_the_hub_reads(
-    finished: Path, tmp_path: Path
+    finished: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.chdir(finished)
     out = tmp_path / "given/sacpo"
-    push = (sys.executable, "-m", "dualign", "push")
-    said = run(finished, *push, "aligned/sacpo", "--to", f"file://{out}").stdout
-    assert said == f"{out}\n"
+    assert push(["aligned/sacpo", "--to", f"file://{out}"]) == 0
+    assert capsys.readouterr().out == f"{out}\n"
     ours, theirs = (
         AutoModelForCausalLM.from_pretrained(folder)
         for folder in (finished / "models/aligned/sacpo", out)
@@ -371,7 +374,8 @@ def test_a_policy_is_pushed_whole_with_a_card_that_the_hub_reads(
     for heading in ("Evaluation", "Certificate", "Data and licences", "Limits", "How to load"):
         assert f"## {heading}" in card.text
     assert "95 % intervals, by prompt" in card.text
-    certified = run(finished, *push, "certified/dualign", "--to", "me/it", "--card").stdout
+    assert push(["certified/dualign", "--to", "me/it", "--card"]) == 0
+    certified = capsys.readouterr().out
     found = json.loads((finished / "reports/metrics/certify/dualign.json").read_text())
     assert found["statement"] in certified and "`vllm serve me/it`." in certified
 
