@@ -313,19 +313,19 @@ def test_a_killed_stage_goes_on_and_ends_with_the_same_bytes(
     folder = f"aligned/{stage[1]}" if stage[0] == "dual_search" else "/".join(stage)
     weights = finished / "models" / folder / "model.safetensors"
     expected = weights.read_bytes()
+    command = ["python", "-m", f"stages.{stage[0]}", *stage[1:]]
     process = subprocess.Popen(
-        [sys.executable, "-m", f"stages.{stage[0]}", *stage[1:]],
-        cwd=finished, env=environment(), stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        command, cwd=finished, env=environment(python), stderr=subprocess.PIPE, process_group=0
+    )
     deadline = time.monotonic() + 120
     second = f"{finished}/.scratch/**/checkpoint-2/manifest.json"
     while not glob.glob(second, recursive=True):  # passes over what vanishes meanwhile
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()  # which ends with the last of the group
     weights.unlink()
-    resumed = run(finished, "python", "-m", f"stages.{stage[0]}", *stage[1:], python=python)
+    resumed = run(finished, *command, python=python)
     assert "resuming" in resumed.stderr
     assert weights.read_bytes() == expected
 

@@ -3,8 +3,9 @@ process that has imported the libraries once run `python -m stages.NAME` in a co
 
     python -m tests.e2e.warm SOCKET
 
-Modules of the repository are imported by each stage itself, from the folder that it runs in. How a
-stage starts by itself is tested where it is killed, and in tests/stages/test_imports.py."""
+Modules of the repository are imported by each stage itself, from the folder that it runs in. The
+stage is of its client's process group, with which it is killed. How a stage starts by itself is
+tested in tests/stages/test_imports.py and tests/test_stage.py."""
 
 from __future__ import annotations
 
@@ -28,7 +29,7 @@ CLIENT = """#!{python} -SE
 import json, os, socket, sys
 server = socket.socket(socket.AF_UNIX)
 server.connect({address!r})
-called = json.dumps([os.getcwd(), dict(os.environ), sys.argv[1:]]).encode()
+called = json.dumps([os.getpgrp(), os.getcwd(), dict(os.environ), sys.argv[1:]]).encode()
 socket.send_fds(server, [len(called).to_bytes(4, "big")], [0, 1, 2])
 server.sendall(called)
 sys.exit(int(server.recv(4) or b"1"))
@@ -67,12 +68,13 @@ def serve(address: str) -> None:
             client.close()
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     size, (*handles,), _, _ = socket.recv_fds(client, 4, 3)
-    folder, environment, arguments = json.loads(_read(client, int.from_bytes(size, "big")))
+    group, folder, environment, arguments = json.loads(_read(client, int.from_bytes(size, "big")))
     worker = os.fork()
     if worker:
         status = os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1])
         client.sendall(str(status if status >= 0 else 128 - status).encode())
         os._exit(0)
+    os.setpgid(0, group)
     for number, handle in enumerate(handles):
         os.dup2(handle, number)
     os.environ.clear()
