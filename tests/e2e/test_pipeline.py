@@ -26,10 +26,10 @@ from transformers import AutoModelForCausalLM
 
 from bench import tiny
 from bench import world as laboratory
+from dualign.command import main as dualign
 from dualign.evaluation.against_optimum import with_other_text
 from dualign.params.evaluate import EvaluateParams
 from dualign.params.loading import load
-from dualign.publishing.command import main as push
 from tests.e2e.warm import warm
 
 # The whole graph at its smallest: every stage and method runs for real, on models that learn next
@@ -358,7 +358,7 @@ def test_a_policy_is_pushed_whole_with_a_card_that_the_hub_reads(
 ) -> None:
     monkeypatch.chdir(finished)
     out = tmp_path / "given/sacpo"
-    assert push(["aligned/sacpo", "--to", f"file://{out}"]) == 0
+    assert dualign(["push", "aligned/sacpo", "--to", f"file://{out}"]) == 0
     assert capsys.readouterr().out == f"{out}\n"
     ours, theirs = (
         AutoModelForCausalLM.from_pretrained(folder)
@@ -374,7 +374,7 @@ def test_a_policy_is_pushed_whole_with_a_card_that_the_hub_reads(
     for heading in ("Evaluation", "Certificate", "Data and licences", "Limits", "How to load"):
         assert f"## {heading}" in card.text
     assert "95 % intervals, by prompt" in card.text
-    assert push(["certified/dualign", "--to", "me/it", "--card"]) == 0
+    assert dualign(["push", "certified/dualign", "--to", "me/it", "--card"]) == 0
     certified = capsys.readouterr().out
     found = json.loads((finished / "reports/metrics/certify/dualign.json").read_text())
     assert found["statement"] in certified and "`vllm serve me/it`." in certified
@@ -401,6 +401,6 @@ def test_what_cannot_be_pushed_is_refused_in_one_line(
     words: str,
 ) -> None:
     monkeypatch.chdir(finished)
-    assert push(arguments) == 2
+    assert dualign(["push", *arguments]) == 2
     told = capsys.readouterr().err
     assert words in told and told.count("\n") == 1 and not (finished / "new").exists()
