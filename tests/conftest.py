@@ -31,6 +31,16 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 ROOT = Path(__file__).resolve().parents[1]
 
 
+# While tests are imported, next to nothing is garbage, and looking for some takes a quarter of it.
+gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    """All is imported: the search for garbage begins, among what is made from here on."""
+    gc.freeze()
+    gc.enable()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with slow tests first: where files run side by side, one begun last would run alone."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
