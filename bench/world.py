@@ -200,7 +200,11 @@ class Truth:
     @classmethod
     def of_world(cls, lab: Lab, params: EvaluateParams) -> Truth:
         """That of every prompt of the world, so without the chance that draws some of them."""
-        texts = world.prompts()
+        return cls.of_prompts(lab, params, world.prompts())
+
+    @classmethod
+    def of_prompts(cls, lab: Lab, params: EvaluateParams, texts: Sequence[str]) -> Truth:
+        """That of these questions of the world."""
         prompts = pd.DataFrame({"prompt_id": texts, "prompt": list(map(user, texts))})
         answers = enumerate_answers(prompts)
         logp = log_probabilities_of(lab, lab.folder / "models/sft", answers)
@@ -262,23 +266,11 @@ def allowed(lab: Lab) -> Iterator[dict[str, Any]]:
     meet the limit; as they are, and with the doubt that the training has off their support.
 
     No training and no sampling: how far these are from the optimum is the error of reward and cost
-    model alone. Other text has the mean of their scores on what pi_ref wrote of it.
+    model alone.
     """
     params = load(EvaluateParams, lab.folder / "params.yaml")
     truth = Truth.of(lab, params)
-    pool = add_truth(read_table(lab.folder / "data/scored/pool.parquet", POOL))
-    scored = {name: _scores(lab, name, truth.enumerated) for name in ("reward", "cost")}
-    lengths = answer_lengths(
-        load_tokenizer(lab.folder / "models/sft"), truth.enumerated["response"]
-    )
-    believed = truth.enumerated.assign(**scored, length=lengths)
-    pessimism = load(LagrangianDpoParams, lab.folder / "params.yaml").pessimism
-    found = doubt(lab.folder / "data/scored", pool, pessimism)
-    kinds = {ALLOWED: (believed, pool)}
-    if found is not None:
-        kinds[DOUBTED] = (found.scores(believed), found.scores(pool))
-    for name, (answers, drawn) in kinds.items():
-        learned = _learned(truth.problem, answers, drawn[~pool["grammatical"].astype(bool)])
+    for name, learned in believed(lab, truth).items():
         policy = learned.policy(tabular.solve(learned, params.limit))
         grammatical = 1 - float(np.exp(policy[:, -1]).mean())
         judged = truth.judged({**truth.problem.describe(policy), "grammatical": grammatical})
@@ -290,6 +282,28 @@ def allowed(lab: Lab) -> Iterator[dict[str, Any]]:
             "displacement": None,
             **dict.fromkeys(_EFFORT, 0),
         }
+
+
+def believed(lab: Lab, truth: Truth) -> dict[str, tabular.Problem]:
+    """The problem by the learned scores: as they are, and doubted off their support, where doubt is
+    asked for. Other text has the mean of their scores on what pi_ref wrote of it.
+    """
+    pool = add_truth(read_table(lab.folder / "data/scored/pool.parquet", POOL))
+    scored = {name: _scores(lab, name, truth.enumerated) for name in ("reward", "cost")}
+    lengths = answer_lengths(
+        load_tokenizer(lab.folder / "models/sft"), truth.enumerated["response"]
+    )
+    answers = truth.enumerated.assign(**scored, length=lengths)
+    pessimism = load(LagrangianDpoParams, lab.folder / "params.yaml").pessimism
+    found = doubt(lab.folder / "data/scored", pool, pessimism)
+    kinds = {ALLOWED: (answers, pool)}
+    if found is not None:
+        kinds[DOUBTED] = (found.scores(answers), found.scores(pool))
+    other = ~pool["grammatical"].astype(bool)
+    return {
+        name: _learned(truth.problem, scores, drawn[other])
+        for name, (scores, drawn) in kinds.items()
+    }
 
 
 def _learned(truth: tabular.Problem, answers: pd.DataFrame, other: pd.DataFrame) -> tabular.Problem:

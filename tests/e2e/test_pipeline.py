@@ -24,7 +24,7 @@ from huggingface_hub import ModelCard
 from ruamel.yaml import YAML
 from transformers import AutoModelForCausalLM
 
-from bench import tiny
+from bench import fit, tiny
 from bench import world as laboratory
 from dualign.command import main as dualign
 from dualign.evaluation.against_optimum import with_other_text
@@ -201,6 +201,24 @@ def test_the_truth_of_the_world_is_that_of_its_prompts(
     assert found.problem.describe(logp)["cost"] == pytest.approx(
         known.problem.describe(known.problem.log_reference)["cost"], abs=1e-4
     )
+
+
+def test_what_a_policy_misses_of_its_tilt_is_read_on_both_kinds_of_prompts(finished: Path) -> None:
+    lab = laboratory.Lab(7, finished)
+    rows = list(fit.rows_of(lab, ["lagrangian_dpo/anchored", "sft"]))
+    assert [(row["prompts"], row["policy"]) for row in rows] == [
+        ("held-out", "lagrangian_dpo/anchored"), ("held-out", "sft"),
+        ("pool", "lagrangian_dpo/anchored"), ("pool", "sft"),
+    ]  # fmt: skip
+    assert all(row["kl"] > 0 and 0 < row["other_text"] < 1 for row in rows)
+
+    # The reference misses the whole tilt, which the limit alone may ask for little of.
+    params = load(EvaluateParams, finished / "params.yaml")
+    problem = laboratory.believed(lab, laboratory.Truth.of(lab, params))[laboratory.DOUBTED]
+    tilt = problem.policy(rows[1]["multiplier"])[:, :-1]
+    reference = problem.log_reference[:, :-1]
+    assert rows[1]["kl"] == pytest.approx(fit.divergence(reference, tilt), rel=1e-3)
+    assert "| 7 | sft | pool |" in fit.page("python -m bench.fit", rows)
 
 
 def test_the_laboratory_reads_what_every_policy_is_worth_and_what_it_took(finished: Path) -> None:
