@@ -316,24 +316,26 @@ def test_a_second_run_does_nothing(finished: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "stage",
+    ("stage", "cold"),
     [
-        ("reward_dpo", "helpful"),
-        ("lagrangian_dpo", "bernoulli"),
-        ("dual_search", "by_grid"),
-        ("dual_search", "o_pd_dpo"),
-        ("dual_search", "safe_rlhf"),
+        (("reward_dpo", "helpful"), True),
+        (("lagrangian_dpo", "bernoulli"), False),
+        (("dual_search", "by_grid"), False),
+        (("dual_search", "o_pd_dpo"), False),
+        (("dual_search", "safe_rlhf"), False),
     ],
 )
 def test_a_killed_stage_goes_on_and_ends_with_the_same_bytes(
-    finished: Path, python: Path, stage: tuple[str, ...]
+    finished: Path, python: Path, stage: tuple[str, ...], cold: bool
 ) -> None:
+    """One of them starts `cold`, from its imports on, as on a user's machine."""
+    started = None if cold else python
     folder = f"aligned/{stage[1]}" if stage[0] == "dual_search" else "/".join(stage)
     weights = finished / "models" / folder / "model.safetensors"
     expected = weights.read_bytes()
     command = ["python", "-m", f"stages.{stage[0]}", *stage[1:]]
     process = subprocess.Popen(
-        command, cwd=finished, env=environment(python), stderr=subprocess.PIPE, process_group=0
+        command, cwd=finished, env=environment(started), stderr=subprocess.PIPE, process_group=0
     )
     deadline = time.monotonic() + 120
     second = f"{finished}/.scratch/**/checkpoint-2/manifest.json"
@@ -343,7 +345,7 @@ def test_a_killed_stage_goes_on_and_ends_with_the_same_bytes(
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()  # which ends with the last of the group
     weights.unlink()
-    resumed = run(finished, *command, python=python)
+    resumed = run(finished, *command, python=started)
     assert "resuming" in resumed.stderr
     assert weights.read_bytes() == expected
 
