@@ -17,18 +17,31 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.special import rel_entr, softmax
 
 from bench import options
-from bench.world import ALLOWED, DOUBTED, Lab, Truth, believed, set_up
+from bench.world import (
+    ALLOWED,
+    DOUBTED,
+    Lab,
+    Truth,
+    believed,
+    command_of,
+    folder_of,
+    run_parser,
+    set_up,
+    settings_from,
+)
 from dualign.core.errors import DualignError
 from dualign.core.schema import POOL, last_user_text, read_table
 from dualign.math import tabular
 from dualign.params.evaluate import EvaluateParams
 from dualign.params.loading import load
-from pipeline.dvc.parameters import settings_of
 from pipeline.errors import PipelineError
 
 log = logging.getLogger(__name__)
+
+PROG = "python -m bench.fit"
 
 
 def divergence(policy: np.ndarray, tilt: np.ndarray) -> float:
@@ -41,18 +54,13 @@ def divergence(policy: np.ndarray, tilt: np.ndarray) -> float:
     >>> round(divergence(half, half), 6), round(divergence(half, most), 6)
     (0.0, 0.058892)
     """
-    ours, theirs = (_normalised(table) for table in (policy, tilt))
-    return float((np.exp(ours) * (ours - theirs)).sum(axis=1).mean())
-
-
-def _normalised(log_policy: np.ndarray) -> np.ndarray:
-    total: np.ndarray = np.logaddexp.reduce(log_policy, axis=1)
-    return log_policy - total[:, None]
+    ours, theirs = (softmax(table, axis=1) for table in (policy, tilt))
+    return float(rel_entr(ours, theirs).sum(axis=1).mean())
 
 
 def taken_up(seed: int, params: Path, work: Path, settings: Mapping[str, Any]) -> Lab:
     """The run of a seed. Raises DualignError where there is none."""
-    if not (work / f"{params.stem}-{seed}").is_dir():
+    if not folder_of(seed, params, work).is_dir():
         raise DualignError(
             f"{work}: no run of {params} at seed {seed}; make it by `python -m bench.world --seeds"
             f" {seed} --params {params}`"
@@ -71,7 +79,6 @@ def rows_of(lab: Lab, policies: Sequence[str]) -> Iterator[dict[str, Any]]:
         problem = problems.get(DOUBTED, problems[ALLOWED])
         lam = tabular.solve(problem, params.limit)
         tilt = problem.policy(lam)
-        way = truth.best["value"] - truth.nearest["value"]
         for name in policies:
             policy = truth.under(lab, lab.folder / "models" / name)
             kl = divergence(policy, tilt[:, :-1])
@@ -81,7 +88,7 @@ def rows_of(lab: Lab, policies: Sequence[str]) -> Iterator[dict[str, Any]]:
                 "prompts": prompts,
                 "multiplier": lam,
                 "kl": kl,
-                "share": params.beta * kl / way,
+                "share": truth.share(params.beta * kl),
                 "other_text": 1 - float(np.exp(policy).sum(axis=1).mean()),
                 "other_text_of_tilt": float(np.exp(tilt[:, -1]).mean()),
             }
@@ -123,33 +130,21 @@ Where pool prompts are no better than held-out ones, more prompts would not help
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Write fit.json and fit.md, and the page to stdout. Returns the exit status."""
-    parser = options.parser("python -m bench.fit", __doc__)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[7])
-    parser.add_argument("--params", type=Path, default=Path("params.yaml"), help="of the runs")
-    parser.add_argument(
-        "--set", nargs="+", default=[], metavar="KEY=VALUE", help="as of `bench.world`"
-    )
+    parser = run_parser(PROG, __doc__, [7], Path("params.yaml"))
     parser.add_argument(
         "--policies", nargs="+", default=["lagrangian_dpo/anchored"], help="folders in models/"
-    )
-    parser.add_argument(
-        "--work", type=Path, default=Path(".scratch/bench-world"), help="folder of the runs"
     )
     given = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     try:
-        settings = settings_of(given.set)
+        settings = settings_from(given)
         work = given.work.absolute()
         labs = [taken_up(seed, given.params, work, settings) for seed in given.seeds]
         rows = [row for lab in labs for row in rows_of(lab, given.policies)]
     except (DualignError, PipelineError, OSError) as error:
         log.error("%s", error)
         return 1
-    command = (
-        f"python -m bench.fit --seeds {' '.join(map(str, given.seeds))} --params {given.params}"
-    )
-    command += f" --set {' '.join(given.set)}" if given.set else ""
-    command += f" --policies {' '.join(given.policies)}"
+    command = command_of(PROG, given)
     text = page(command, rows)
     options.publish(given.out, "fit", {"command": command, "rows": rows}, text)
     sys.stdout.write(text)

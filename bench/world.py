@@ -9,6 +9,7 @@ stopped; a finished one is only read."""
 
 from __future__ import annotations
 
+import argparse
 import functools
 import logging
 import os
@@ -57,6 +58,7 @@ from pipeline.errors import PipelineError
 log = logging.getLogger(__name__)
 
 ROOT = Path(__file__).resolve().parents[1]
+PROG = "python -m bench.world"
 #: Stages that serve every method alike; their time is nobody's.
 ALLOWED = "(what the scorers allow)"
 DOUBTED = "(the same, doubted off their support)"
@@ -82,13 +84,18 @@ class Lab:
         return load_dag(self.folder)
 
 
+def folder_of(seed: int, params: Path, work: Path) -> Path:
+    """Where the run of a seed lies."""
+    return work / f"{params.stem}-{seed}"
+
+
 def set_up(
     seed: int, params: Path, work: Path, settings: Mapping[str, Any] = MappingProxyType({})
 ) -> Lab:
     """Make the folder of a seed; `settings` take the place of values of params. Raises DualignError
     if it holds a run of other params.
     """
-    folder = work / f"{params.stem}-{seed}"
+    folder = folder_of(seed, params, work)
     text = _settled(params, {"seed": seed, **settings})
     if not folder.is_dir():
         with replacing(folder) as temporary:
@@ -230,15 +237,18 @@ class Truth:
         """How far a true reward is on the way to that of the optimum."""
         return (reward - self.nearest["reward"]) / (self.best["reward"] - self.nearest["reward"])
 
+    def share(self, value: float) -> float:
+        """A difference in J as a share of the way J* - J_0."""
+        return value / (self.best["value"] - self.nearest["value"])
+
     def judged(self, found: Mapping[str, float]) -> dict[str, float]:
         """How far what a policy is worth is from the optimum."""
         gap = self.best["value"] - found["value"]
-        way = self.best["value"] - self.nearest["value"]
         excess = found["cost"] - self.limit
         return {
             "gap": gap,
-            "relative_gap": gap / way,
-            "priced_gap": (gap + self.price * excess) / way,
+            "relative_gap": self.share(gap),
+            "priced_gap": self.share(gap + self.price * excess),
             "excess": excess,
             "reward_share": self.way(found["reward"]),
             "true_reward": found["reward"],
@@ -443,36 +453,53 @@ alone; *doubted* lowers the reward of answers off their support, as the training
 does. A certified policy's effort is not counted."""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the laboratory; write world.json and world.md, and the page to stdout. Returns the exit
-    status.
-    """
-    parser = options.parser("python -m bench.world", __doc__)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[7, 8, 9])
-    parser.add_argument(
-        "--params",
-        type=Path,
-        default=Path("params/every-method.yaml"),
-        help="of the embedded world",
-    )
+def run_parser(
+    program: str, about: str | None, seeds: Sequence[int], params: Path
+) -> argparse.ArgumentParser:
+    """Options that say which runs of the laboratory are meant."""
+    parser = options.parser(program, about)
+    parser.add_argument("--seeds", type=int, nargs="+", default=seeds)
+    parser.add_argument("--params", type=Path, default=params, help="of the embedded world")
     parser.add_argument("--limit", type=float, help="in place of that of params")
     parser.add_argument(
         "--set", nargs="+", default=[], metavar="KEY=VALUE", help="other values for keys of params"
     )
     parser.add_argument(
+        "--work", type=Path, default=Path(".scratch/bench-world"), help="folder of the runs"
+    )
+    return parser
+
+
+def settings_from(given: argparse.Namespace) -> dict[str, Any]:
+    """The values in place of those of params. Raises PipelineError."""
+    limit = {} if given.limit is None else {"constraint.limit": given.limit}
+    return {**settings_of(given.set), **limit}
+
+
+def command_of(program: str, given: argparse.Namespace) -> str:
+    """The command that was given, but for how and where its runs are made."""
+    command = f"{program} --seeds {' '.join(map(str, given.seeds))} --params {given.params}"
+    command += "" if given.limit is None else f" --limit {given.limit:g}"
+    command += f" --set {' '.join(given.set)}" if given.set else ""
+    command += f" --policies {' '.join(given.policies)}" if given.policies else ""
+    return command
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the laboratory; write world.json and world.md, and the page to stdout. Returns the exit
+    status.
+    """
+    parser = run_parser(PROG, __doc__, [7, 8, 9], Path("params/every-method.yaml"))
+    parser.add_argument(
         "--policies", nargs="+", help="those alone are run and judged; all if nothing is said"
     )
     parser.add_argument("--jobs", type=int, default=1, help="seeds that run at the same time")
-    parser.add_argument(
-        "--work", type=Path, default=Path(".scratch/bench-world"), help="folder of the runs"
-    )
     given = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("dvc").setLevel(logging.WARNING)
     threads = max(1, (os.cpu_count() or 1) // given.jobs)
     try:
-        settings = settings_of(given.set)
-        settings |= {} if given.limit is None else {"constraint.limit": given.limit}
+        settings = settings_from(given)
         work = given.work.absolute()
         labs = [set_up(seed, given.params, work, settings) for seed in given.seeds]
         chosen = given.policies and stages_for(labs[0], given.policies)
@@ -482,12 +509,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         log.error("%s", error)
         return 1
     rows = [row for lab in done for row in (*rows_of(lab, given.policies), *allowed(lab))]
-    command = (
-        f"python -m bench.world --seeds {' '.join(map(str, given.seeds))} --params {given.params}"
-    )
-    command += "" if given.limit is None else f" --limit {given.limit:g}"
-    command += f" --set {' '.join(given.set)}" if given.set else ""
-    command += f" --policies {' '.join(given.policies)}" if given.policies else ""
+    command = command_of(PROG, given)
     text = page(command, given.params, rows)
     options.publish(given.out, "world", {"command": command, "rows": rows}, text)
     sys.stdout.write(text)

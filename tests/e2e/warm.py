@@ -5,7 +5,7 @@ process that has imported the libraries once run `python -m stages.NAME` in a co
 
 Modules of the repository are imported by each stage itself, from the folder that it runs in. The
 stage is of its client's process group, with which it is killed. How a stage starts by itself is
-tested in tests/stages/test_imports.py and tests/test_stage.py."""
+tested where one of them is killed, in tests/stages/test_imports.py and in tests/test_stage.py."""
 
 from __future__ import annotations
 
