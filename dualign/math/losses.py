@@ -10,6 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+#: How much the probability ratio of one answer may count for in a control variate, in units of the
+#: larger of its weight and 1: one whose probability soars does not rule the batch.
+RATIO_BOUND = 5.0
+
 
 def pairwise_logit(
     logp_w: Tensor, logp_l: Tensor, ref_w: Tensor, ref_l: Tensor, scale: float
@@ -110,6 +114,25 @@ def weighted_nll(logp: Tensor, weight: Tensor) -> Tensor:
     tensor([6., 0.])
     """
     return -weight * logp
+
+
+def controlled_weight(weight: Tensor, logp: Tensor, log_drawn: Tensor, control: float) -> Tensor:
+    """w(y) - k rho(y), rho = pi / pi_drawn without a gradient: the weight of `weighted_nll` with a
+    control variate; shape [answers].
+
+    E_drawn[rho grad log pi] = E_pi[grad log pi] = 0, so the gradient of the likelihood term is the
+    same on average for every k in [0, 1]. Its noise is not: at k = 1 an answer's own gradient
+    vanishes where pi is the target, as w = rho there, so no noise of the draw is left; the loss is
+    then the generalised KL divergence, rho - w log rho. What 1 - k leaves presses on text that was
+    not drawn. rho counts for no more than `RATIO_BOUND` times the larger of w and 1.
+
+    >>> weight, logp = torch.tensor([3.0, 0.0]), torch.tensor([-2.0, -5.0])
+    >>> controlled_weight(weight, logp, log_drawn=logp, control=0.5)
+    tensor([ 2.5000, -0.5000])
+    """
+    bound = RATIO_BOUND * weight.clamp(min=1)
+    ratio = torch.minimum((logp.detach() - log_drawn).exp(), bound)
+    return weight - control * ratio
 
 
 def sign_loss(cost: Tensor, unsafe: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from dualign.params.base import (
     PessimismParams,
     Positive,
     Seed,
+    Share,
     StageParams,
     TrainingParams,
 )
@@ -38,13 +39,24 @@ _OPTIONAL = ("clip",)
 class PairLossParams(Frozen):
     """The pair loss of a pairwise training (see `dualign.math.losses`).
 
-    `normalised` divides the labels' score and the pairwise coefficient by 1 + lambda.
+    `normalised` divides the labels' score and the pairwise coefficient by 1 + lambda. `control` is
+    the share of the likelihood term's control variate, which takes its noise and not its gradient.
     """
 
     labels: Literal["soft", "bernoulli"]
     normalised: bool
     anchor: NonNegative
     nll: NonNegative
+    control: Share = 0.0
+
+    @model_validator(mode="after")
+    def _controls_a_likelihood(self) -> PairLossParams:
+        if self.control > 0 and self.nll == 0:
+            raise ValueError(
+                f"control {self.control} steadies the likelihood term, whose weight nll is 0; leave"
+                " it out, or set nll above 0"
+            )
+        return self
 
 
 class LossSpec(Frozen):
@@ -196,6 +208,15 @@ class LagrangianRun(LagrangianSpec):
     cost: Model
     data: Literal["pairs", "pool"]
     refresh: RefreshParams | None = None
+
+    @model_validator(mode="after")
+    def _controlled_on_the_pool(self) -> LagrangianRun:
+        if self.pair_loss.control > 0 and self.data != "pool":
+            raise ValueError(
+                f"pair_loss.control {self.pair_loss.control} needs answers that a known policy drew:"
+                " set data to pool, or leave control out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _refreshed_on_the_pool(self) -> LagrangianRun:

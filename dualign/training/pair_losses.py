@@ -93,7 +93,7 @@ def _kto(batch: PairBatch) -> Tensor:
 
 PAIR_LOSSES: dict[LossType, PairLoss] = {
     "dpo": PairLoss(  # 2305.18290
-        _dpo, options=("reward_bound", "labels", "anchor_weight", "nll_weight")
+        _dpo, options=("reward_bound", "labels", "anchor_weight", "nll_weight", "nll_control")
     ),
     "ipo": PairLoss(_ipo, options=("reward_bound",)),  # 2310.12036
     "kto": PairLoss(  # 2402.01306

@@ -267,6 +267,7 @@ def pool_pairs(
                     float(torch.sigmoid(torch.tensor(scale * gap))),
                     (float(anchor[x, i]), float(anchor[x, j])),
                     (float(ratio[x, i]), float(ratio[x, j])),
+                    (float(samples.logp[x, i]), float(samples.logp[x, j])),
                 )
             )
     return pairs

@@ -46,7 +46,8 @@ class Pair:
     """One training pair: ids of prompt and both answers, reference columns, label, and anchors.
 
     `label` is P(first preferred). `anchors` are the targets of beta * log-ratio of both answers to
-    the *anchor's* reference column, which is the same column here; NaN where there is none. KTO
+    the *anchor's* reference column, which is the same column here; NaN where there is none. `drawn`
+    are the log-probabilities under the policy that drew the answers, NaN where none is known. KTO
     reads which of the two answers are `desirable` in place of the label, and `mismatched`, an
     answer to another prompt, with its reference column."""
 
@@ -58,6 +59,7 @@ class Pair:
     label: float = 1.0
     anchors: tuple[float, float] = (math.nan, math.nan)
     weights: tuple[float, float] | None = None
+    drawn: tuple[float, float] = (math.nan, math.nan)
     desirable: tuple[bool, bool] = (True, False)
     mismatched: list[int] | None = None
     ref_mismatched: float = math.nan
@@ -75,6 +77,7 @@ class PairLossConfig:
     labels: str = "soft"
     anchor: float = 0.0
     nll: float = 0.0
+    control: float = 0.0
     loss_type: LossType = "dpo"
     clip: float | None = None
     epsilon: float = 0.0
@@ -89,7 +92,8 @@ class PairLossConfig:
     def lagrangian(cls, weights: PairLossParams, lam: float, beta: float) -> PairLossConfig:
         """The Lagrangian loss at a multiplier."""
         scale = beta * losses.lagrangian_scale(lam, weights.normalised)
-        return cls(scale, beta, weights.labels, weights.anchor, weights.nll)
+        terms = weights.model_dump(include={"labels", "anchor", "nll", "control"})
+        return cls(scale, beta, **terms)
 
 
 def train_pairwise(
@@ -142,6 +146,7 @@ def pairwise_trainer(
         anchor_weight=pair_loss.anchor,
         anchor_beta=pair_loss.beta,
         nll_weight=pair_loss.nll,
+        nll_control=pair_loss.control,
         pair_loss=pair_loss.loss_type,
         reward_bound=pair_loss.clip,
         epsilon=pair_loss.epsilon,
@@ -201,6 +206,8 @@ def _columns(pairs: Sequence[Pair]) -> dict[str, Any]:
         "anchor_rejected": [p.anchors[1] for p in pairs],
         "weight_chosen": [p.label if p.weights is None else p.weights[0] for p in pairs],
         "weight_rejected": [1 - p.label if p.weights is None else p.weights[1] for p in pairs],
+        "drawn_chosen": [p.drawn[0] for p in pairs],
+        "drawn_rejected": [p.drawn[1] for p in pairs],
         "desirable_chosen": [p.desirable[0] for p in pairs],
         "desirable_rejected": [p.desirable[1] for p in pairs],
     }
@@ -226,6 +233,9 @@ class PairwiseConfig(DPOConfig):
     anchor_beta: float = field(default=1.0, metadata={"help": "KL weight beta inside the anchor."})
     nll_weight: float = field(
         default=0.0, metadata={"help": "Weight of the importance-weighted -log pi."}
+    )
+    nll_control: float = field(
+        default=0.0, metadata={"help": "Share of the control variate of the NLL term, 0 to 1."}
     )
     precompute_ref_log_probs: bool = field(
         default=True, metadata={"help": "Always true: references are columns."}
@@ -275,6 +285,15 @@ def _check_numbers(args: PairwiseConfig) -> None:
             raise ParamsError(
                 f"PairwiseConfig: {name} {getattr(args, name)} must be 0 (no such term) or more"
             )
+    if not 0 <= args.nll_control <= 1:
+        raise ParamsError(
+            f"PairwiseConfig: nll_control {args.nll_control} must be between 0 (none) and 1"
+        )
+    if args.nll_control > 0 and args.nll_weight == 0:
+        raise ParamsError(
+            f"PairwiseConfig: nll_control {args.nll_control} steadies the NLL term, whose nll_weight"
+            " is 0; leave it at 0, or set nll_weight above 0"
+        )
     if not 0 <= args.epsilon < 0.5:
         raise ParamsError(
             f"PairwiseConfig: epsilon {args.epsilon} must be 0 or more and below 0.5, where labels"
@@ -325,6 +344,8 @@ _EXTRA = (
     "anchor_rejected",
     "weight_chosen",
     "weight_rejected",
+    "drawn_chosen",
+    "drawn_rejected",
     *(name for loss in PAIR_LOSSES.values() for name in loss.columns if name != "mismatched_ids"),
 )
 
@@ -367,6 +388,8 @@ def _check_columns(columns: Sequence[str], args: PairwiseConfig, table: str) -> 
     needed: dict[str, str] = {}
     if args.anchor_weight > 0:
         needed |= dict.fromkeys(("anchor_chosen", "anchor_rejected"), "or set anchor_weight to 0")
+    if args.nll_control > 0:
+        needed |= dict.fromkeys(("drawn_chosen", "drawn_rejected"), "or set nll_control to 0")
     needed |= dict.fromkeys(PAIR_LOSSES[args.pair_loss].columns, "or choose another pair_loss")
     # Computed, or taken from the label, where both are missing.
     for pair in (("ref_chosen_logps", "ref_rejected_logps"), ("weight_chosen", "weight_rejected")):
@@ -385,8 +408,9 @@ class PairwiseTrainer(Shared, DPOTrainer):
     ref_chosen_logps and ref_rejected_logps (computed once under `ref_model`, or the model as it is
     passed, where they are missing), label (P(chosen preferred), default 1), anchor_chosen,
     anchor_rejected (default none), weight_chosen, weight_rejected (of the likelihood term, default
-    label and 1 - label). KTO requires desirable_chosen, desirable_rejected, mismatched_ids and
-    ref_mismatched_logps, the anchor its two columns. Raises ParamsError for other args than a
+    label and 1 - label), drawn_chosen, drawn_rejected (log-probabilities under the policy that drew
+    the answers, for nll_control). KTO requires desirable_chosen, desirable_rejected, mismatched_ids
+    and ref_mismatched_logps, the anchor and nll_control their two columns. Raises ParamsError for other args than a
     `PairwiseConfig`, DataError for a table that lacks a column."""
 
     _signature_columns: list[str]
@@ -457,8 +481,7 @@ class PairwiseTrainer(Shared, DPOTrainer):
         if self.args.anchor_weight > 0:
             loss = loss + self.args.anchor_weight * self._anchor(inputs, ratio_first, ratio_second)
         if self.args.nll_weight > 0:
-            weight = inputs.get("weight_chosen", label), inputs.get("weight_rejected", 1 - label)
-            terms = losses.weighted_nll(logps, torch.cat(weight).to(logps.dtype))
+            terms = losses.weighted_nll(logps, self._weight(inputs, logps, label))
             loss = loss + self.args.nll_weight * self.part(terms, inputs)
         self._record(logit, label, torch.cat([ratio_first, ratio_second]), counted)
         return (loss, {}) if return_outputs else loss
@@ -528,6 +551,15 @@ class PairwiseTrainer(Shared, DPOTrainer):
         # NaN would pass through the mask into the gradient.
         terms = losses.anchor_loss(ratios, targets.nan_to_num(), self.args.anchor_beta)
         return self.part(terms, inputs, self.known(inputs))
+
+    def _weight(self, inputs: dict[str, Any], logps: Tensor, label: Tensor) -> Tensor:
+        """Of the likelihood term, [answers]."""
+        both = inputs.get("weight_chosen", label), inputs.get("weight_rejected", 1 - label)
+        weight = torch.cat(both).to(logps.dtype)
+        if self.args.nll_control == 0:
+            return weight
+        drawn = torch.cat([inputs["drawn_chosen"], inputs["drawn_rejected"]]).to(logps.dtype)
+        return losses.controlled_weight(weight, logps, drawn, self.args.nll_control)
 
     def _record(self, logit: Tensor, label: Tensor, ratios: Tensor, counted: Tensor | None) -> None:
         metrics = self._metrics["train" if self.model.training else "eval"]

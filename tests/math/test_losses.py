@@ -148,6 +148,14 @@ def test_weighted_nll_by_hand() -> None:
     assert losses.weighted_nll(tensor(-2, -3), tensor(0.5, 0)).tolist() == [1.0, 0.0]
 
 
+def test_controlled_weight_by_hand() -> None:
+    """Ratios 1, e and e^3; the last counts for 5, and for 10 beside a weight of 2."""
+    weight, logp = tensor(0.5, 4, 0, 2), tensor(-2, -3, -1, -1)
+    found = losses.controlled_weight(weight, logp, tensor(-2, -4, -4, -4), 0.5)
+    assert found.tolist() == pytest.approx([0.0, 4 - math.e / 2, -2.5, -3.0])
+    assert losses.controlled_weight(weight, logp, logp, 0.0).tolist() == weight.tolist()
+
+
 def test_sign_loss_wants_unsafe_answers_above_zero_and_safe_ones_below() -> None:
     loss = losses.sign_loss(tensor(2, 2, -2), torch.tensor([True, False, False]))
     right, wrong = math.log1p(math.exp(-2)), math.log1p(math.exp(2))
@@ -269,6 +277,47 @@ def test_weighted_nll_of_the_references_answers_leads_to_the_tilted_policy(world
     share, weight = world.log_ref.exp(), (world.tilted - world.log_ref).exp()
     fitted = minimiser(lambda t: (share * losses.weighted_nll(t.log_softmax(1), weight)).sum())
     assert largest_gap(fitted, world.tilted) < 1e-5
+
+
+def gradients(world: World, policy: Tensor, log_drawn: Tensor, control: float) -> Tensor:
+    """The gradient of each answer's likelihood term in the logits of its prompt's policy, before
+    the answer is drawn: [prompts, answers, logits].
+    """
+    weight = (world.tilted - log_drawn).exp()
+    found = []
+    for answer in range(policy.shape[1]):
+        logits = policy.clone().requires_grad_()
+        logp = logits.log_softmax(1)
+        controlled = losses.controlled_weight(weight, logp, log_drawn, control)
+        losses.weighted_nll(logp, controlled)[:, answer].sum().backward()
+        assert logits.grad is not None
+        found.append(logits.grad)
+    return torch.stack(found, dim=1)
+
+
+@pytest.mark.parametrize("control", [0.3, 0.8, 1.0])
+def test_a_control_variate_leaves_the_gradient_of_the_likelihood_as_it_is(
+    world: World, control: float
+) -> None:
+    """On average over the answers of any policy that draws, in closed reach of the bound."""
+    for policy in world.policies:
+        drawn = (policy + 0.3 * world.cost).log_softmax(1)
+        assert (policy - drawn).max() < math.log(losses.RATIO_BOUND)
+        plain, controlled = (
+            (drawn.exp()[..., None] * gradients(world, policy, drawn, k)).sum(1)
+            for k in (0.0, control)
+        )
+        assert torch.allclose(controlled, plain, atol=1e-12)
+        assert plain.abs().max() > 0.01
+
+
+def test_a_whole_control_variate_leaves_no_noise_at_the_minimiser(world: World) -> None:
+    """Each answer's own gradient vanishes at pi_lambda, whoever draws; without it none does."""
+    for drawn in (world.log_ref, world.helpful):
+        assert gradients(world, world.tilted, drawn, 1.0).abs().max() < 1e-12
+        assert gradients(world, world.tilted, drawn, 0.0).abs().amax(2).min() > 1e-3
+        noise = [gradients(world, world.tilted, drawn, k).norm() for k in (0.0, 0.8)]
+        assert noise[1] == pytest.approx(0.2 * noise[0])
 
 
 def test_bernoulli_labels_have_the_soft_loss_as_expectation(world: World) -> None:

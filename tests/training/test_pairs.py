@@ -295,6 +295,7 @@ def test_pool_pairs_use_every_sample_once_with_its_label_and_anchor() -> None:
         assert (pair.ref_first, pair.ref_second) == (pool.logp_ref[x, i], pool.logp_ref[x, j])
         assert pair.anchors == pytest.approx((tilt[x, i] - value[x, i], tilt[x, j] - value[x, j]))
         assert pair.weights == pytest.approx((ratio[x, i], ratio[x, j]))
+        assert pair.drawn == (pool.logp[x, i], pool.logp[x, j])
 
 
 def test_a_scale_changes_the_labels_of_the_pool_and_nothing_else() -> None:
@@ -335,6 +336,8 @@ def test_weights_correct_for_the_policy_that_drew_the_samples() -> None:
     first, second = pool_pairs(samples, value, 1.0, 0.7, seed=0)
     by_answer = dict(zip(((first.first[0]), (first.second[0])), first.weights or (), strict=True))
     assert by_answer == {1: pytest.approx(1 / 2), 2: pytest.approx(np.exp(-1))}
+    log_drawn = dict(zip((first.first[0], first.second[0]), first.drawn, strict=True))
+    assert log_drawn == {1: np.log(0.5), 2: np.log(0.25)}
     assert second.weights == pytest.approx((1.0, 1.0))
 
 

@@ -320,13 +320,16 @@ def test_training_on_ids_ends_where_stock_dpo_on_text_ends(
 
 @pytest.mark.usefixtures("rows")
 @pytest.mark.parametrize("anchor", [0.0, 0.3])
-@pytest.mark.parametrize("nll", [0.0, 0.02])
+@pytest.mark.parametrize(("nll", "control"), [(0.0, 0.0), (0.02, 0.0), (0.02, 0.8)])
 def test_the_whole_loss_by_hand(
-    tokenizer: PreTrainedTokenizerBase, job: Job, anchor: float, nll: float
+    tokenizer: PreTrainedTokenizerBase, job: Job, anchor: float, nll: float, control: float
 ) -> None:
     reference, model = policy(tokenizer), policy(tokenizer, seed=1)
-    pairs = pairs_of(tokenizer, reference)
-    pair_loss = PairLossConfig(scale=0.8, beta=1.7, anchor=anchor, nll=nll)
+    pairs = [
+        replace(p, drawn=(p.ref_first + 0.1, p.ref_second - 0.2))
+        for p in pairs_of(tokenizer, reference)
+    ]
+    pair_loss = PairLossConfig(scale=0.8, beta=1.7, anchor=anchor, nll=nll, control=control)
     trainer = pairwise(model, tokenizer, pairs, job, pair_loss)
     expected = 0.0
     for p in pairs:
@@ -337,7 +340,12 @@ def test_the_whole_loss_by_hand(
         expected -= float(p.label * logsigmoid(logit) + (1 - p.label) * logsigmoid(-logit)) / len(
             pairs
         )
-        weights = p.weights or (p.label, 1 - p.label)
+        weights = [
+            weight - control * min(math.exp(float(logp) - drawn), 5 * max(weight, 1))
+            for weight, logp, drawn in zip(
+                p.weights or (p.label, 1 - p.label), logps, p.drawn, strict=True
+            )
+        ]
         expected -= nll * float(weights[0] * logps[0] + weights[1] * logps[1]) / (2 * len(pairs))
         known = [
             (float(logp) - ref, target)
@@ -745,6 +753,9 @@ def test_packing_is_refused_to_a_model_that_cannot(
         ({"reward_bound": 0.0}, "reward_bound"),
         ({"anchor_weight": -1.0}, "anchor_weight"),
         ({"nll_weight": math.nan}, "nll_weight"),
+        ({"nll_weight": 0.1, "nll_control": 1.1}, "nll_control"),
+        ({"nll_weight": 0.1, "nll_control": math.nan}, "nll_control"),
+        ({"nll_control": 0.5}, "nll_control"),
         ({"undesirable_weight": 2.0}, "undesirable_weight"),
         ({"epsilon": 0.1}, "epsilon"),
         ({"gamma": 0.1}, "gamma"),
@@ -754,6 +765,7 @@ def test_packing_is_refused_to_a_model_that_cannot(
         *(({"pair_loss": loss, name: value}, name) for loss in ("ipo", "kto")
           for name, value in (("epsilon", 0.1), ("anchor_weight", 0.1), ("nll_weight", 0.1),
                               ("labels", "bernoulli"))),
+        ({"pair_loss": "ipo", "nll_weight": 0.1, "nll_control": 0.5}, "nll_weight"),
     ],
 )  # fmt: skip
 def test_an_option_that_no_loss_would_read_is_refused(
@@ -773,6 +785,8 @@ def test_an_option_that_no_loss_would_read_is_refused(
         ({"pair_loss": "kto"}, ("desirable_chosen", "desirable_rejected"), "mismatched_ids"),
         ({}, ("ref_chosen_logps",), "ref_rejected_logps"),
         ({"nll_weight": 0.1}, ("weight_chosen",), "weight_rejected"),
+        ({"nll_weight": 0.1, "nll_control": 0.5}, (), "drawn_chosen"),
+        ({"nll_weight": 0.1, "nll_control": 0.5}, ("drawn_chosen",), "drawn_rejected"),
     ],
 )
 def test_a_table_without_a_column_that_the_loss_reads_is_refused(
