@@ -213,8 +213,8 @@ class LagrangianRun(LagrangianSpec):
     def _controlled_on_the_pool(self) -> LagrangianRun:
         if self.pair_loss.control > 0 and self.data != "pool":
             raise ValueError(
-                f"pair_loss.control {self.pair_loss.control} needs answers that a known policy drew:"
-                " set data to pool, or leave control out"
+                f"pair_loss.control {self.pair_loss.control} needs answers that a known policy"
+                " drew; set data to pool, or leave control out"
             )
         return self
 

@@ -291,8 +291,8 @@ def _check_numbers(args: PairwiseConfig) -> None:
         )
     if args.nll_control > 0 and args.nll_weight == 0:
         raise ParamsError(
-            f"PairwiseConfig: nll_control {args.nll_control} steadies the NLL term, whose nll_weight"
-            " is 0; leave it at 0, or set nll_weight above 0"
+            f"PairwiseConfig: nll_control {args.nll_control} steadies the NLL term, whose"
+            " nll_weight is 0; leave it at 0, or set nll_weight above 0"
         )
     if not 0 <= args.epsilon < 0.5:
         raise ParamsError(
@@ -410,8 +410,8 @@ class PairwiseTrainer(Shared, DPOTrainer):
     anchor_rejected (default none), weight_chosen, weight_rejected (of the likelihood term, default
     label and 1 - label), drawn_chosen, drawn_rejected (log-probabilities under the policy that drew
     the answers, for nll_control). KTO requires desirable_chosen, desirable_rejected, mismatched_ids
-    and ref_mismatched_logps, the anchor and nll_control their two columns. Raises ParamsError for other args than a
-    `PairwiseConfig`, DataError for a table that lacks a column."""
+    and ref_mismatched_logps, the anchor and nll_control their two columns. Raises ParamsError for
+    other args than a `PairwiseConfig`, DataError for a table that lacks a column."""
 
     _signature_columns: list[str]
     data_collator: Any

@@ -295,6 +295,25 @@ def test_a_clip_would_bound_offset_and_margin_too(content: Content, change: Cont
     )
 
 
+def test_a_control_variate_steadies_the_likelihood_of_answers_that_were_drawn(
+    content: Content,
+) -> None:
+    run = "lagrangian_dpo.runs.anchored"
+    assert content["lagrangian_dpo"]["runs"]["anchored"]["pair_loss"]["control"] == 0.8
+    for wrong in (-0.1, 1.1):
+        changed = put(copy.deepcopy(content), f"{run}.pair_loss.control", wrong)
+        assert refusal(changed).startswith(f"{run}.pair_loss.control: ")
+    assert refusal(put(copy.deepcopy(content), f"{run}.pair_loss.nll", 0.0)) == (
+        f"{run}.pair_loss: control 0.8 steadies the likelihood term, whose weight nll is 0; leave"
+        " it out, or set nll above 0"
+    )
+    content["lagrangian_dpo"]["runs"]["anchored"] |= {"data": "pairs", "refresh": None}
+    assert refusal(content) == (
+        f"{run}: pair_loss.control 0.8 needs answers that a known policy drew; set data to pool, or"
+        " leave control out"
+    )
+
+
 def test_a_row_is_the_method_of_its_name_unless_it_names_one(content: Content) -> None:
     put(content, "methods.mine", {**content["methods"]["sacpo"], "method": "sacpo"})
     put(content, "methods.pd_dpo.method", None)

@@ -263,6 +263,7 @@ def test_pecan_trains_at_the_multiplier_of_its_own_scores(
         "normalised": normalised,
         "anchor": 0.3 if data == "pool" else 0.0,
         "nll": 0.0,
+        "control": 0.0,
     }
     given = stage_params(repo_root, data=data, pair_loss=pair_loss, learning_rate=rate)
     sources = Sources(*MODELS[1:], Path("models"), Path("reports/metrics"))
@@ -464,6 +465,6 @@ def test_a_refresh_without_the_pool_or_the_scorers_is_refused(
     row = content["lagrangian_dpo"]["runs"]["anchored"]
     row |= {"refresh": REFRESH, **change}
     if "data" in change:
-        row["pair_loss"] |= {"anchor": 0.0, "nll": 0.0}
+        row["pair_loss"] |= {"anchor": 0.0, "nll": 0.0, "control": 0.0}
     with pytest.raises(ParamsError, match=r"lagrangian_dpo\.runs\.anchored.*refresh.*data: pool"):
         loading.check(content, "my.yaml")
