@@ -289,8 +289,8 @@ def test_the_command_runs_is_taken_up_and_tells_no_folder(
         f" {tmp_path}/work "
     )
     options += (
-        "--reserved 8 --prompts 6 --samples 8 --few 4 --room 0.2 --seed 8 --resamples 10 --second 1"
-        f" --out {tmp_path}/out"
+        "--reserved 8 --prompts 6 --samples 8 --few 4 --room 0.05 --seed 8 --resamples 10"
+        f" --second 1 --out {tmp_path}/out"
     )
     with warm(tmp_path_factory.mktemp("warm")) as python:
         monkeypatch.setattr(sys, "executable", str(python / "python"))
