@@ -134,6 +134,8 @@ def pairwise_trainer(
 ) -> PairwiseTrainer:
     """The trainer of a pair loss on the pairs that fit into max_length. Raises DataError."""
     kept = fitting(pairs, job.training.max_length)
+    if pair_loss.control > 0:
+        _check_drawn(kept)
     row = PAIR_LOSSES[pair_loss.loss_type]
     weighted = "undesirable_weight" in row.options
     args = PairwiseConfig(
@@ -159,6 +161,16 @@ def pairwise_trainer(
         train_dataset=pair_dataset(kept),
         processing_class=tokenizer,
     )
+
+
+def _check_drawn(pairs: Sequence[Pair]) -> None:
+    """A control variate needs to know who drew an answer: without, the loss would be NaN."""
+    for number, pair in enumerate(pairs):
+        if any(map(math.isnan, pair.drawn)):
+            raise DataError(
+                f"pair {number} has no `drawn`, the log-probabilities under the policy that drew"
+                " its answers, which a control variate needs; give them, or set control to 0"
+            )
 
 
 def fitting(pairs: Sequence[Pair], max_length: int) -> list[Pair]:

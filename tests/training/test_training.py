@@ -619,6 +619,18 @@ def test_terms_of_dpo_are_refused_to_other_losses(
         )
 
 
+def test_a_control_variate_refuses_pairs_that_nobody_is_known_to_have_drawn(
+    tokenizer: PreTrainedTokenizerBase, job: Job
+) -> None:
+    model = policy(tokenizer)
+    pairs = [replace(p, drawn=(p.ref_first, p.ref_second)) for p in pairs_of(tokenizer, model)]
+    pair_loss = PairLossConfig(1.0, 1.0, nll=0.1, control=0.5)
+    pairwise(model, tokenizer, pairs, job, pair_loss)
+    pairs[3] = replace(pairs[3], drawn=(-1.0, math.nan))
+    with pytest.raises(DataError, match=r"^pair 3 has no `drawn`"):
+        pairwise(model, tokenizer, pairs, job, pair_loss)
+
+
 def test_kto_refuses_pairs_that_it_cannot_use(tokenizer: PreTrainedTokenizerBase, job: Job) -> None:
     model = policy(tokenizer)
     plain = pairs_of(tokenizer, model)
