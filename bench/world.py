@@ -59,10 +59,10 @@ log = logging.getLogger(__name__)
 
 ROOT = Path(__file__).resolve().parents[1]
 PROG = "python -m bench.world"
-#: Stages that serve every method alike; their time is nobody's.
 ALLOWED = "(what the scorers allow)"
 DOUBTED = "(the same, doubted off their support)"
 _EFFORT = ("trainings", "generated_tokens", "seconds")
+#: Stages that serve every method alike; their time is nobody's.
 SHARED = {"prepare", "sft", "reward_model", "cost_model", "score", "dual_init"}
 
 

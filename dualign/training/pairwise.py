@@ -92,8 +92,7 @@ class PairLossConfig:
     def lagrangian(cls, weights: PairLossParams, lam: float, beta: float) -> PairLossConfig:
         """The Lagrangian loss at a multiplier."""
         scale = beta * losses.lagrangian_scale(lam, weights.normalised)
-        terms = weights.model_dump(include={"labels", "anchor", "nll", "control"})
-        return cls(scale, beta, **terms)
+        return cls(scale, beta, **weights.model_dump(exclude={"normalised"}))
 
 
 def train_pairwise(

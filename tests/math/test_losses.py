@@ -299,7 +299,7 @@ def gradients(world: World, policy: Tensor, log_drawn: Tensor, control: float) -
 def test_a_control_variate_leaves_the_gradient_of_the_likelihood_as_it_is(
     world: World, control: float
 ) -> None:
-    """On average over the answers of any policy that draws, in closed reach of the bound."""
+    """On average over the answers of any policy that draws, where no ratio meets the bound."""
     for policy in world.policies:
         drawn = (policy + 0.3 * world.cost).log_softmax(1)
         assert (policy - drawn).max() < math.log(losses.RATIO_BOUND)
