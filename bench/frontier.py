@@ -28,7 +28,7 @@ from bench import options, tabular
 from bench.options import knob
 from dualign.core.errors import DualignError
 from dualign.math import tabular as optimum
-from dualign.math.dual.solution import DualSolution, solve
+from dualign.math.dual.solution import Bootstrap, DualSolution, solve
 from dualign.math.dual.tilt import divergence, weights
 
 log = logging.getLogger(__name__)
@@ -171,7 +171,9 @@ def solved(
     time."""
     prompts = len(reward)
     resamples = rng.multinomial(prompts, np.full(prompts, 1 / prompts), size=bootstrap) / prompts
-    return replace(solve(reward, cost, limit=_SLACK, beta=beta, bootstrap=1), resamples=resamples)
+    return replace(
+        solve(reward, cost, limit=_SLACK, beta=beta, bootstrap=Bootstrap(1)), resamples=resamples
+    )
 
 
 def band(solution: DualSolution, each: Array) -> tuple[float, float]:

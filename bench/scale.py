@@ -35,7 +35,7 @@ from dualign.core.schema import POOL, SCORED_PAIRS, by_prompt, read_table
 from dualign.core.temporaries import scratch_root, temporary_folder
 from dualign.core.work import host_peak
 from dualign.data.prepare import prepare
-from dualign.math.dual.solution import solve
+from dualign.math.dual.solution import Bootstrap, solve
 from dualign.params.data import PrepareParams
 from pipeline import yaml_text
 from pipeline.dvc.dag import load_dag
@@ -165,7 +165,9 @@ def solving(answers: int, folder: Path) -> Work:
     def work() -> None:
         pool = read_table(path, POOL)
         reward, cost, length = (by_prompt(pool, name) for name in ("reward", "cost", "length"))
-        solved = solve(reward, cost, limit=-0.2, beta=1.0, lambda_max=50.0, bootstrap=200, seed=0)
+        solved = solve(
+            reward, cost, limit=-0.2, beta=1.0, lambda_max=50.0, bootstrap=Bootstrap(200, 0)
+        )
         solved.frontier([0.0, 0.5, 1.0, 2.0], length, reward=reward, level=0.9)
 
     return work

@@ -43,8 +43,8 @@ from dualign.math.dual.margin import (
     spread_of_means,
 )
 from dualign.math.dual.root import root
-from dualign.math.dual.solution import DualSolution, solve
-from dualign.math.dual.tilt import divergence, predict
+from dualign.math.dual.solution import Bootstrap, DualSolution, solve
+from dualign.math.dual.tilt import divergence, mean_cost, predict
 from dualign.math.pricing import Scored, price
 from dualign.params.dual import DualInitParams
 from dualign.scoring.support import Doubt, doubt, doubted
@@ -104,7 +104,12 @@ def solve_at(beta: float, pool: pd.DataFrame, scored: Scored, params: DualInitPa
     Raises InfeasibleError where the limits cannot be kept.
     """
     prices = price(
-        scored, params.additional, limit=params.limit, beta=beta, lambda_max=params.lambda_max
+        scored,
+        params.additional,
+        limit=params.limit,
+        beta=beta,
+        lambda_max=params.lambda_max,
+        jackknife=params.jackknife,
     )
     solution = solve(
         by_prompt(with_priced_rewards(pool, prices), "reward"),
@@ -112,8 +117,8 @@ def solve_at(beta: float, pool: pd.DataFrame, scored: Scored, params: DualInitPa
         limit=params.limit,
         beta=beta,
         lambda_max=params.lambda_max,
-        bootstrap=params.bootstrap,
-        seed=params.seed,
+        bootstrap=Bootstrap(params.bootstrap, params.seed),
+        jackknife=params.jackknife,
     )
     return solution, prices
 
@@ -180,7 +185,13 @@ def with_margin(solution: DualSolution, params: DualInitParams) -> MarginSolutio
         return certificate_margin(sd, params.certify_prompts, delta=params.delta, power=power)
 
     return solve_with_margin(
-        reward, cost, limit=params.limit, beta=beta, lambda_max=params.lambda_max, margin=margin
+        reward,
+        cost,
+        limit=params.limit,
+        beta=beta,
+        lambda_max=params.lambda_max,
+        margin=margin,
+        jackknife=params.jackknife,
     )
 
 
@@ -209,9 +220,12 @@ def describe(
         lambda_max=params.lambda_max,
         beta=solution.beta,
         slack=solution.slack,
+        jackknife=params.jackknife,
         cost_reference=float(cost.mean()),
-        cost_unconstrained=_cost(solution, 0.0),
-        reachable_minimum=_cost(solution, params.lambda_max),
+        cost_unconstrained=cost_at(0.0, solution.reward, cost, params),
+        reachable_minimum=mean_cost(
+            solution.reward, cost, params.lambda_max, solution.beta, jackknife=False
+        ),
         prompts=cost.shape[0],
         samples=cost.shape[1],
         ess_median=float(np.median(solution.ess)),
@@ -254,18 +268,38 @@ def drift(
     Means over both halves, less the value of all samples. Few samples bias both, so drift says that
     more are needed."""
     half = cost.shape[1] // 2
-    beta = params.beta
     roots = []
     costs = []
     for part in (slice(0, half), slice(half, 2 * half)):
         r = reward[:, part]
         c = cost[:, part]
-        costs.append(predict(r, c, lam, beta, c).mean())
-        if predict(r, c, params.lambda_max, beta, c).mean() <= params.limit:
-            roots.append(root(r, c, limit=params.limit, beta=beta, lambda_max=params.lambda_max))
-    whole = predict(reward, cost, lam, beta, cost).mean()
+        costs.append(cost_at(lam, r, c, params))
+        if predict(r, c, params.lambda_max, params.beta, c).mean() <= params.limit:
+            roots.append(multiplier(params.limit, r, c, params))
     half_drift = float(np.mean(roots) - lam) if roots else None
-    return half_drift, float(np.mean(costs) - whole)
+    return half_drift, float(np.mean(costs)) - cost_at(lam, reward, cost, params)
+
+
+def cost_at(lam: float, reward: np.ndarray, cost: np.ndarray, params: DualInitParams) -> float:
+    """The mean cost of pi_lambda by scores [prompts, samples]."""
+    return mean_cost(reward, cost, lam, params.beta, jackknifes(cost, params))
+
+
+def multiplier(limit: float, reward: np.ndarray, cost: np.ndarray, params: DualInitParams) -> float:
+    """The multiplier at a limit by scores [prompts, samples]; InfeasibleError as `root` raises."""
+    return root(
+        reward,
+        cost,
+        limit=limit,
+        beta=params.beta,
+        lambda_max=params.lambda_max,
+        jackknife=jackknifes(cost, params),
+    )
+
+
+def jackknifes(cost: np.ndarray, params: DualInitParams) -> bool:
+    """Whether estimates leave each sample out in turn, which takes two of them."""
+    return params.jackknife and cost.shape[1] > 1
 
 
 def at_zero_error(
@@ -278,13 +312,7 @@ def at_zero_error(
 
     def at(limit: float) -> float | None:
         try:
-            return root(
-                solution.reward,
-                solution.cost,
-                limit=limit,
-                beta=params.beta,
-                lambda_max=params.lambda_max,
-            )
+            return multiplier(limit, solution.reward, solution.cost, params)
         except InfeasibleError:
             return None
 
@@ -364,10 +392,6 @@ def by_prompts(solution: DualSolution, prompts: pd.DataFrame) -> pd.DataFrame:
             "cost": predict(*given, solution.cost),
         }
     )
-
-
-def _cost(solution: DualSolution, lam: float) -> float:
-    return float(predict(solution.reward, solution.cost, lam, solution.beta, solution.cost).mean())
 
 
 def _tell(solution: DualSolution, result: SolvedDual, prices: list[Price]) -> None:

@@ -31,7 +31,7 @@ from dualign.evaluation.rollout import Scorers, kept_answers, roll_out
 from dualign.lm.models import load_policy, load_tokenizer
 from dualign.lm.tokens import answer_lengths
 from dualign.math.constraints import Price, prices_in, with_priced_rewards
-from dualign.math.dual.solution import solve
+from dualign.math.dual.solution import Bootstrap, solve
 from dualign.math.dual.tilt import soft_value
 from dualign.math.losses import lagrangian_scale
 from dualign.params.training import LagrangianDpoParams, LagrangianRun
@@ -174,7 +174,8 @@ def multiplier(
         solution = solve(
             by_prompt(pool, "reward"), by_prompt(pool, "cost"),
             limit=solved.limit if spec.lam == "dual" else solved.target, beta=params.beta,
-            lambda_max=solved.lambda_max, seed=params.seed,
+            lambda_max=solved.lambda_max, bootstrap=Bootstrap(seed=params.seed),
+            jackknife=solved.jackknife,
         )  # fmt: skip
     except InfeasibleError as error:
         raise InfeasibleError(f"lagrangian_dpo.runs.{item}, scored by policies: {error}") from error

@@ -92,6 +92,7 @@ class SolvedDual(Multipliers):
     beta: float
     lambda_max: float
     slack: bool
+    jackknife: bool = False
     messages: list[str]
     as_scored: Multipliers | None = None
     prompts: int | None = None

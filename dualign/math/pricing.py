@@ -10,7 +10,7 @@ import numpy as np
 from dualign.core.errors import InfeasibleError, ParamsError
 from dualign.core.schema import Message
 from dualign.math.constraints import Constraint, Price, constraint
-from dualign.math.dual.joint import JointSolution, solve_many
+from dualign.math.dual.joint import JointSolution, joint_bias, solve_many
 from dualign.math.dual.root import root
 from dualign.math.dual.tail import value_at_risk
 from dualign.params.dual import ConstraintSpec
@@ -21,6 +21,8 @@ Array = np.ndarray
 _GRID = 25
 _ZOOM = 9
 _ROUNDS = 3
+#: Times that limits are moved by the bias at the multipliers before; some ten do.
+_CORRECTIONS = 50
 
 
 @dataclass(frozen=True)
@@ -41,12 +43,14 @@ def price(
     limit: float,
     beta: float,
     lambda_max: float,
+    jackknife: bool = False,
 ) -> list[Price]:
     """Prices of the limits `additional`, solved together with E[c] <= limit.
 
     The threshold of a CVaR is searched for, on a grid that is refined three times, to make the
     optimum largest; of several CVaRs each in turn, with the thresholds before it held. `lambda_max`
-    as in `solve_many`.
+    as in `solve_many`. `jackknife` takes the bias of few samples out of the means that are held to
+    the limits, once the thresholds stand.
 
     Raises:
         InfeasibleError: the limits cannot be kept together.
@@ -69,15 +73,13 @@ def price(
     # Alone the limit must be within reach: `root` says what would do.
     root(pool.reward, pool.cost, limit=limit, beta=beta, lambda_max=lambda_max)
 
-    def solved(chosen: Sequence[Constraint]) -> JointSolution:
-        members = [
-            np.ones(len(pool.cost), bool),
-            *(added.applies(pool.prompts) for added in chosen),
-        ]
+    def solved(chosen: Sequence[Constraint], shift: Array | None = None) -> JointSolution:
+        own = np.array([limit, *(added.limit for added in chosen)])
+        costs, members = _quantities(pool, chosen)
         return solve_many(
             pool.reward,
-            [pool.cost, *(added.values(pool.cost, pool.length, pool.ended) for added in chosen)],
-            limits=[limit, *(added.limit for added in chosen)],
+            costs,
+            limits=(own if shift is None else own + shift).tolist(),
             beta=beta,
             members=members,
             names=["constraint.limit", *(f"{added.key}.limit" for added in chosen)],
@@ -89,11 +91,50 @@ def price(
         if added.quantity == "cvar":
             placed.append(_with_threshold(added, pool, lambda tried: solved([*placed, tried])))
     joint = solved(placed)
+    if jackknife:
+        joint = _corrected(joint, pool, placed, beta, lambda shift: solved(placed, shift))
     by_name = {
         added.name: Price(added, float(lam), float(mean))
         for added, lam, mean in zip(placed, joint.lams[1:], joint.predicted[1:], strict=True)
     }
     return [by_name[name] for name in additional]
+
+
+def _quantities(pool: Scored, chosen: Sequence[Constraint]) -> tuple[Array, Array]:
+    """The cost and the quantities of these limits [K, prompts, samples], and the prompts that each
+    is on [K, prompts].
+    """
+    everywhere = np.ones(len(pool.cost), bool)
+    values = [added.values(pool.cost, pool.length, pool.ended) for added in chosen]
+    members = [added.applies(pool.prompts) for added in chosen]
+    return np.array([pool.cost, *values]), np.array([everywhere, *members])
+
+
+def _corrected(
+    joint: JointSolution,
+    pool: Scored,
+    chosen: Sequence[Constraint],
+    beta: float,
+    solved: Callable[[Array], JointSolution],
+) -> JointSolution:
+    """The solution whose means keep the limits once their bias of few samples is taken off.
+
+    Each limit is moved by the bias at the multipliers before, until these stay where they are.
+    Where that leads out of the samples' reach, too few of them count for a correction, and the
+    solution stays as it was."""
+    costs, members = _quantities(pool, chosen)
+    found = joint
+    for _ in range(_CORRECTIONS):
+        before = found.lams
+        shift = joint_bias(pool.reward, costs, before, beta=beta, members=members)
+        try:
+            found = solved(shift)
+        except InfeasibleError:
+            return joint
+        found = found._replace(predicted=found.predicted - shift)
+        if np.allclose(found.lams, before, rtol=1e-10, atol=1e-12):
+            break
+    return found
 
 
 def _check(added: Constraint, pool: Scored) -> None:

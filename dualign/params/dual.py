@@ -82,6 +82,7 @@ class DualInitParams(StageParams):
     grid: Annotated[list[NonNegative], Field(min_length=2)]
     betas: list[Positive]
     bootstrap: Annotated[int, Field(ge=20, le=100_000)]
+    jackknife: bool
     min_ess: Positive
     cvar_level: Annotated[float, Field(gt=0, lt=1)]
 

@@ -15,7 +15,7 @@ import pytest
 from bench import coverage, frontier
 from bench.frontier import Finite, Gaussian, Settings
 from dualign.core.errors import DualignError
-from dualign.math.dual.solution import solve
+from dualign.math.dual.solution import Bootstrap, solve
 from dualign.math.dual.tilt import divergence, jackknife_weights, predict
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -79,7 +79,7 @@ def test_bands_are_those_of_a_solved_pool() -> None:
     """
     reward, cost = Gaussian().draw(np.random.default_rng(0), 60, 12)
     solved = frontier.solved(reward, cost, 1.0, np.random.default_rng(7), 50)
-    full = solve(reward, cost, limit=0.2, beta=1.0, bootstrap=50, seed=7)
+    full = solve(reward, cost, limit=0.2, beta=1.0, bootstrap=Bootstrap(50, 7))
     assert np.array_equal(solved.resamples, full.resamples)
     assert solved.frontier([0.0, 1.0]) == full.frontier([0.0, 1.0])
     (row,) = full.frontier([1.0])

@@ -27,7 +27,7 @@ from dualign.math.constraints import (
 )
 from dualign.math.dual.root import root
 from dualign.math.dual.tail import shortfall, value_at_risk
-from dualign.math.dual.tilt import weights
+from dualign.math.dual.tilt import jackknife_weights, weights
 from dualign.math.pricing import Scored, price
 from dualign.params.dual import ConstraintSpec
 from dualign.params.loading import check, read_yaml
@@ -56,14 +56,19 @@ def tilted(given: Scored, prices: list[Price], limit: float = LIMIT) -> Array:
     """Weights of the samples at the prices, with the main limit's multiplier solved on the charged
     reward.
     """
-    charge = sum(
+    reward = given.reward - charge(given, prices)
+    lam = root(reward, given.cost, limit=limit, beta=BETA, lambda_max=TOP)
+    return weights(reward, given.cost, lam, BETA)
+
+
+def charge(given: Scored, prices: list[Price]) -> Any:
+    """What the prices take off each sample's reward [prompts, samples]."""
+    return sum(
         found.lam
         * found.constraint.applies(given.prompts)[:, None]
         * values_of(given, found.constraint)
         for found in prices
     )
-    lam = root(given.reward - charge, given.cost, limit=limit, beta=BETA, lambda_max=TOP)
-    return weights(given.reward - charge, given.cost, lam, BETA)
 
 
 def worth(given: Scored, w: Array) -> float:
@@ -307,6 +312,41 @@ def test_limits_together_cost_no_less_than_apart_and_slack_ones_nothing() -> Non
             given, price(given, {name: additional[name]}, limit=LIMIT, beta=BETA, lambda_max=TOP)
         )
         assert worth(given, alone) >= worth(given, w) - 1e-9
+
+
+def test_jackknifed_limits_are_kept_with_each_sample_left_out_in_turn() -> None:
+    """A limit of all prompts, a tail, one of a group and a slack one, by `jackknife_weights`."""
+    given = pool(1, prompts=60, samples=10)
+    additional = {
+        "short": ConstraintSpec(quantity="length", limit=18.0),
+        "tail": ConstraintSpec(quantity="cvar", limit=1.2, level=0.8),
+        "few": ConstraintSpec(quantity="p_unsafe", limit=0.4, prompts="question [12]"),
+        "loose": ConstraintSpec(quantity="p_unsafe", limit=0.99),
+    }
+    prices = price(given, additional, limit=LIMIT, beta=BETA, lambda_max=TOP, jackknife=True)
+    plain = price(given, additional, limit=LIMIT, beta=BETA, lambda_max=TOP)
+    assert [found.lam > 0 for found in prices] == [True, True, True, False]
+    assert all(a.lam < b.lam for a, b in zip(prices[:3], plain[:3], strict=True))
+
+    reward = given.reward - charge(given, prices)
+    lam = root(reward, given.cost, limit=LIMIT, beta=BETA, lambda_max=TOP, jackknife=True)
+    w = jackknife_weights(reward, given.cost, lam, BETA)
+    for found in prices:
+        members = found.constraint.applies(given.prompts)
+        mean = float((w * values_of(given, found.constraint)).sum(1)[members].mean())
+        assert mean == pytest.approx(found.predicted, abs=1e-6)
+        assert mean <= found.constraint.limit + 1e-7
+        assert found.lam == 0 or mean == pytest.approx(found.constraint.limit, abs=1e-6)
+
+
+def test_prices_are_not_corrected_where_too_few_samples_count() -> None:
+    """Three prompts of three samples: the corrected limit would be out of their reach."""
+    given = pool(16, samples=3)
+    short = {"short": ConstraintSpec(quantity="length", limit=15.0)}
+    settings = {"limit": 5.0, "beta": BETA, "lambda_max": TOP}
+    [found] = price(given, short, jackknife=True, **settings)
+    assert [found] == price(given, short, **settings)
+    assert found.lam > 0.5
 
 
 def test_without_additional_constraints_there_are_no_prices() -> None:

@@ -20,7 +20,7 @@ from dualign.math.dual.joint import solve_many
 from dualign.math.dual.margin import certificate_margin, solve_with_margin, spread_of_means
 from dualign.math.dual.reach import least_of
 from dualign.math.dual.root import root, scales
-from dualign.math.dual.solution import slater_radius, solve
+from dualign.math.dual.solution import Bootstrap, slater_radius, solve
 from dualign.math.dual.tail import shortfall, value_at_risk
 from dualign.math.dual.tilt import (
     divergence,
@@ -323,7 +323,7 @@ def test_slater_radius_is_no_less_than_the_interval_and_no_more_than_the_largest
 def test_newton_needs_a_handful_of_steps() -> None:
     reward, cost = pool(6, prompts=100)
     steps = [
-        solve(reward, cost, limit=limit, beta=BETA, bootstrap=1).steps
+        solve(reward, cost, limit=limit, beta=BETA, bootstrap=Bootstrap(1)).steps
         for limit in (-0.1, -0.35, -0.7)
     ]
     assert min(steps) >= 2 and max(steps) <= 8
@@ -335,7 +335,7 @@ def test_the_units_of_the_scores_change_neither_root_nor_steps(
     reward_unit: float, cost_unit: float
 ) -> None:
     reward, cost = pool(8, prompts=40)
-    plain = solve(reward, cost, limit=LIMIT, beta=BETA, lambda_max=50, bootstrap=20)
+    plain = solve(reward, cost, limit=LIMIT, beta=BETA, lambda_max=50, bootstrap=Bootstrap(20))
     unit = reward_unit / cost_unit
     scaled = solve(
         reward_unit * reward,
@@ -343,7 +343,7 @@ def test_the_units_of_the_scores_change_neither_root_nor_steps(
         limit=cost_unit * (LIMIT + 3),
         beta=reward_unit * BETA,
         lambda_max=50 * unit,
-        bootstrap=20,
+        bootstrap=Bootstrap(20),
     )
     assert (
         scaled.lam / unit == pytest.approx(plain.lam, rel=1e-9) and scaled.steps == plain.steps <= 8
@@ -416,7 +416,7 @@ def test_shares_weigh_prompts_as_if_they_were_repeated() -> None:
 
 def test_scores_of_any_size_stay_finite() -> None:
     reward, cost = pool(11, prompts=50, samples=32)
-    solution = solve(6e3 * reward, 15e3 * cost, limit=-5e3, beta=0.1, bootstrap=20)
+    solution = solve(6e3 * reward, 15e3 * cost, limit=-5e3, beta=0.1, bootstrap=Bootstrap(20))
     assert np.isfinite(solution.lam) and np.isfinite(solution.value).all()
     assert np.median(solution.ess) < 1.5  # the weights sit on one sample, and the solution says so
 
@@ -426,7 +426,7 @@ def test_scores_of_any_size_stay_finite() -> None:
 
 def test_solution_holds_what_it_promises() -> None:
     reward, cost = pool(12, prompts=200)
-    solution = solve(reward, cost, limit=LIMIT, beta=BETA, bootstrap=100)
+    solution = solve(reward, cost, limit=LIMIT, beta=BETA, bootstrap=Bootstrap(100))
     assert expected_cost(reward, cost, solution.lam) == pytest.approx(LIMIT, abs=1e-8)
     assert not solution.slack
     assert solution.value == pytest.approx(soft_value(reward, cost, solution.lam, BETA))
@@ -439,7 +439,7 @@ def test_solution_holds_what_it_promises() -> None:
 
 def test_a_loose_limit_is_slack() -> None:
     reward, cost = pool(13, prompts=50)
-    solution = solve(reward, cost, limit=50.0, beta=BETA, bootstrap=20)
+    solution = solve(reward, cost, limit=50.0, beta=BETA, bootstrap=Bootstrap(20))
     assert solution.slack and solution.lam == 0.0 and solution.lam_interval == (0.0, 0.0)
 
 
@@ -492,7 +492,7 @@ NAMES = ("reward", "cost", "p_unsafe", "cvar", "kl", "length", "ess")
 def test_frontier_falls_in_cost_and_its_bands_hold_the_estimates() -> None:
     reward, cost = pool(15, prompts=150)
     length = np.random.default_rng(0).integers(1, 40, cost.shape).astype(float)
-    solution = solve(reward, cost, limit=LIMIT, beta=BETA, bootstrap=200)
+    solution = solve(reward, cost, limit=LIMIT, beta=BETA, bootstrap=Bootstrap(200))
     rows = solution.frontier([0, 0.3, 1, 3, 10], length, level=0.8)
     costs, rewards = [row["cost"] for row in rows], [row["reward"] for row in rows]
     assert all(b < a for a, b in pairwise(costs))
@@ -529,7 +529,7 @@ def test_the_cost_at_lambda_is_off_the_limit_by_what_half_of_the_samples_double(
     out.
     """
     reward, cost = pool(15, prompts=4000, samples=16)
-    solution = solve(reward, cost, limit=LIMIT, beta=BETA, bootstrap=1)
+    solution = solve(reward, cost, limit=LIMIT, beta=BETA, bootstrap=Bootstrap(1))
     halves = [
         predict(reward[:, h], cost[:, h], solution.lam, BETA, cost[:, h])
         for h in (slice(8), slice(8, 16))
@@ -539,13 +539,104 @@ def test_the_cost_at_lambda_is_off_the_limit_by_what_half_of_the_samples_double(
     assert solution.frontier([solution.lam])[0]["cost"] - LIMIT == pytest.approx(-drift, rel=0.3)
 
 
+# --- the root without the bias of few samples -----------------------------------------------------
+
+
+def left_out_cost(reward: Array, cost: Array, lam: float) -> float:
+    """C(lambda) with each sample left out in turn."""
+    return float(left_out(lambda r, c: predict(r, c, lam, BETA, c), reward, cost).mean())
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_the_jackknifed_root_leaves_out_each_sample_in_turn(seed: int) -> None:
+    reward, cost = pool(seed, prompts=20, samples=3 + seed)
+    found = root(reward, cost, limit=LIMIT, beta=BETA, lambda_max=50, jackknife=True)
+    expected = brentq(lambda x: left_out_cost(reward, cost, x) - LIMIT, 0, 50, xtol=1e-12)
+    assert found == pytest.approx(expected, abs=1e-8)
+
+
+def test_the_jackknifed_root_is_0_where_its_cost_keeps_the_limit() -> None:
+    """Whatever the plain cost does: at lambda 0 they differ by the bias towards the reference."""
+    reward, cost = pool(3)
+    plain = expected_cost(reward, cost, 0.0)
+    corrected = left_out_cost(reward, cost, 0.0)
+    assert corrected > plain + 0.01  # the more helpful answers are the more harmful ones
+    between = {"limit": (plain + corrected) / 2, "beta": BETA, "lambda_max": 50.0}
+    assert root(reward, cost, **between) == 0.0 < root(reward, cost, jackknife=True, **between)
+    above = {**between, "limit": corrected + 1e-3}
+    assert root(reward, cost, jackknife=True, **above) == 0.0
+
+
+def test_reach_is_that_of_the_samples_as_they_are() -> None:
+    reward, cost = pool(4)
+    limit = expected_cost(reward, cost, 3.0) - 1e-3
+    for jackknife in (False, True):
+        with pytest.raises(InfeasibleError, match="at lambda_max 3 "):
+            root(reward, cost, limit=limit, beta=BETA, lambda_max=3.0, jackknife=jackknife)
+
+
+def drawn(rng: np.random.Generator, prompts: int, samples: int) -> tuple[Array, Array]:
+    """A pool of the four answers of one world, whose costs and rewards are known; pi_ref is
+    uniform.
+    """
+    reward, cost = np.array([0.3, -1.0, 0.8, 0.1]), np.array([-0.5, 0.2, 1.1, -0.9])
+    seen = rng.integers(4, size=(prompts, samples))
+    return reward[seen], cost[seen]
+
+
+def test_the_jackknifed_multiplier_is_nearer_the_truth_and_its_interval_covers_it() -> None:
+    """Pools of 500 prompts, 8 samples each, nominal 95 %, 40 pools."""
+    reward, cost = np.array([[0.3, -1.0, 0.8, 0.1]]), np.array([[-0.5, 0.2, 1.1, -0.9]])
+    truth = root(reward, cost, limit=LIMIT, beta=BETA, lambda_max=50)
+    rng = np.random.default_rng(0)
+    hits = {False: 0, True: 0}
+    errors: dict[bool, list[float]] = {False: [], True: []}
+    for _ in range(40):
+        given = drawn(rng, 500, 8)
+        for jackknife in hits:
+            found = solve(
+                *given, limit=LIMIT, beta=BETA, bootstrap=Bootstrap(60), jackknife=jackknife
+            )
+            low, high = found.lam_interval
+            hits[jackknife] += low <= truth <= high
+            errors[jackknife].append(found.lam - truth)
+    assert abs(np.mean(errors[True])) < 0.3 * np.mean(errors[False])
+    assert hits[True] >= 35 > 25 > hits[False]
+
+
+def test_the_slope_of_a_jackknifed_solution_is_that_of_its_root() -> None:
+    reward, cost = pool(5, prompts=40)
+    given = {"beta": BETA, "lambda_max": 50.0}
+    found = solve(reward, cost, limit=LIMIT, bootstrap=Bootstrap(1), jackknife=True, **given)
+    step = 1e-4
+    low, high = (
+        root(reward, cost, limit=LIMIT + move, jackknife=True, **given) for move in (-step, step)
+    )
+    assert found.slope == pytest.approx((high - low) / (2 * step), rel=1e-3)
+    plain = solve(reward, cost, limit=LIMIT, bootstrap=Bootstrap(1), **given)
+    assert found.slope != pytest.approx(plain.slope, rel=1e-2)
+
+
+def test_a_jackknifed_margin_is_below_the_limit_of_a_jackknifed_cost() -> None:
+    reward, cost = pool(6, prompts=40)
+    found = solve_with_margin(
+        reward, cost, limit=LIMIT, beta=BETA, lambda_max=50, margin=lambda lam: 0.05, jackknife=True
+    )
+    assert found.reached and found.target == pytest.approx(LIMIT - 0.05)
+    assert left_out_cost(reward, cost, found.lam) == pytest.approx(found.target)
+    out = solve_with_margin(
+        reward, cost, limit=LIMIT, beta=BETA, lambda_max=3.0, margin=lambda lam: 9.0, jackknife=True
+    )
+    assert not out.reached and out.target == pytest.approx(left_out_cost(reward, cost, 3.0))
+
+
 @pytest.mark.parametrize("lam", [0.0, 3.0, 1e3])
 def test_no_prediction_leaves_what_it_can_be(lam: float) -> None:
     """Two prompts of two samples: unless held back, the jackknife goes beyond the best of them."""
     reward = np.array([[0.0, 2.0], [0.0, 3.0]])
     cost = np.array([[1.0, -1.0], [0.2, -0.2]])
     length = np.array([[9.0, 1.0], [8.0, 2.0]])
-    solution = solve(reward, cost, limit=LIMIT, beta=BETA, bootstrap=50)
+    solution = solve(reward, cost, limit=LIMIT, beta=BETA, bootstrap=Bootstrap(50))
     assert (jackknife_weights(reward, cost, lam, BETA) * (cost > 0)).sum(1).mean() < 0
     row = solution.frontier([lam], length)[0]
     ranges = {
@@ -573,9 +664,9 @@ def worst(cost: Array, weight: Array, share: float) -> float:
 def test_frontier_tells_the_reward_that_was_not_charged() -> None:
     reward, cost = pool(15, prompts=50)
     charged = reward - 0.3 * (cost > 0)
-    row = solve(charged, cost, limit=LIMIT, beta=BETA, bootstrap=20).frontier([0.7], reward=reward)[
-        0
-    ]
+    row = solve(charged, cost, limit=LIMIT, beta=BETA, bootstrap=Bootstrap(20)).frontier(
+        [0.7], reward=reward
+    )[0]
     w = jackknife_weights(charged, cost, 0.7, BETA)
     assert row["reward"] == pytest.approx((w * reward).sum(1).mean())
 
@@ -585,7 +676,11 @@ def test_bands_are_as_wide_as_pools_drawn_afresh_differ() -> None:
     reward, cost = pool(19, prompts=20_000, samples=16)
     solved = [
         solve(
-            reward[part], cost[part], limit=LIMIT, beta=BETA, bootstrap=200 if i < 10 else 1
+            reward[part],
+            cost[part],
+            limit=LIMIT,
+            beta=BETA,
+            bootstrap=Bootstrap(200 if i < 10 else 1),
         ).frontier([0.8])[0]
         for i, part in enumerate(np.arange(20_000).reshape(200, 100))
     ]
@@ -614,12 +709,12 @@ def test_value_at_risk_and_shortfall_by_hand() -> None:
 
 def test_the_slope_is_how_lambda_moves_with_the_limit() -> None:
     reward, cost = pool(9)
-    solution = solve(reward, cost, limit=LIMIT, beta=BETA, bootstrap=1)
+    solution = solve(reward, cost, limit=LIMIT, beta=BETA, bootstrap=Bootstrap(1))
     moved = [
         root(reward, cost, limit=LIMIT + step, beta=BETA, lambda_max=50) for step in (-1e-4, 1e-4)
     ]
     assert solution.slope == pytest.approx((moved[1] - moved[0]) / 2e-4, rel=1e-4)
-    assert solve(reward, cost, limit=50.0, beta=BETA, bootstrap=1).slope == 0
+    assert solve(reward, cost, limit=50.0, beta=BETA, bootstrap=Bootstrap(1)).slope == 0
 
 
 # --- few effective samples ------------------------------------------------------------------------
@@ -933,7 +1028,9 @@ def test_unusable_constraints_are_refused(change: dict[str, Any], says: str) -> 
 def test_interval_shrinks_with_the_number_of_prompts() -> None:
     widths = []
     for prompts in (40, 640):
-        low, high = solve(*pool(16, prompts), limit=LIMIT, beta=BETA, bootstrap=100).lam_interval
+        low, high = solve(
+            *pool(16, prompts), limit=LIMIT, beta=BETA, bootstrap=Bootstrap(100)
+        ).lam_interval
         widths.append(high - low)
     assert widths[1] < 0.5 * widths[0]  # a quarter in theory
 
@@ -947,7 +1044,7 @@ def test_interval_covers_the_multiplier_of_all_prompts() -> None:
     for _ in range(40):
         chosen = rng.choice(3000, 60, replace=False)
         low, high = solve(
-            reward[chosen], cost[chosen], limit=LIMIT, beta=BETA, bootstrap=80
+            reward[chosen], cost[chosen], limit=LIMIT, beta=BETA, bootstrap=Bootstrap(80)
         ).lam_interval
         hits += low <= truth <= high
     assert hits >= 34
@@ -956,7 +1053,7 @@ def test_interval_covers_the_multiplier_of_all_prompts() -> None:
 def test_the_same_seed_gives_the_same_interval() -> None:
     reward, cost = pool(18, prompts=50)
     one, same, other = (
-        solve(reward, cost, limit=LIMIT, beta=BETA, bootstrap=50, seed=seed).lam_interval
+        solve(reward, cost, limit=LIMIT, beta=BETA, bootstrap=Bootstrap(50, seed)).lam_interval
         for seed in (1, 1, 2)
     )
     assert one == same != other
@@ -982,10 +1079,15 @@ def test_unusable_scores_are_refused(reward: Array, cost: Array, message: str) -
     ("name", "value"),
     [
         ("beta", 0.0), ("beta", -1.0), ("beta", np.nan), ("limit", np.nan), ("limit", -np.inf),
-        ("lambda_max", 0.0), ("lambda_max", np.inf), ("bootstrap", 0),
+        ("lambda_max", 0.0), ("lambda_max", np.inf),
     ],
 )  # fmt: skip
 def test_unusable_settings_are_refused_by_name(name: str, value: Any) -> None:
-    given: dict[str, Any] = {"limit": LIMIT, "beta": BETA, "lambda_max": 50.0, "bootstrap": 20}
+    given: dict[str, Any] = {"limit": LIMIT, "beta": BETA, "lambda_max": 50.0}
     with pytest.raises(ValueError, match=rf"^{name} must be .*, got {value}$"):
         solve(*pool(12), **{**given, name: value})
+
+
+def test_an_interval_takes_a_resample() -> None:
+    with pytest.raises(ValueError, match=r"^bootstrap must be at least 1, got 0$"):
+        solve(*pool(12), limit=LIMIT, beta=BETA, bootstrap=Bootstrap(0))

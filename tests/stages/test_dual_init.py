@@ -39,7 +39,6 @@ from dualign.math.dual.tilt import (
     leave_one_out_value,
     predict,
     soft_value,
-    weights,
 )
 from dualign.math.losses import lagrangian_label
 from dualign.params.base import PessimismParams, Resources
@@ -113,6 +112,55 @@ def scores() -> tuple[np.ndarray, np.ndarray]:
     return by_prompt(pool, "reward"), by_prompt(pool, "cost")
 
 
+def tilted(
+    reward: np.ndarray, cost: np.ndarray, lam: float, beta: float, score: np.ndarray
+) -> float:
+    """The mean of `score` under exp((r - lambda c) / beta), by sums over each prompt's samples."""
+    means = []
+    for r, c, s in zip(reward, cost, score, strict=True):
+        w = np.exp((r - lam * c - (r - lam * c).max()) / beta)
+        means.append(float((w * s).sum() / w.sum()))
+    return float(np.mean(means))
+
+
+def left_out(of: Any, count: int) -> float:
+    """The jackknife: n f - (n - 1) mean_i f_(-i), `of` being a function of the samples that are
+    kept.
+    """
+    every = np.arange(count)
+    return float(
+        count * of(every) - (count - 1) * np.mean([of(np.delete(every, i)) for i in every])
+    )
+
+
+def without_bias(
+    reward: np.ndarray, cost: np.ndarray, lam: float, beta: float, score: np.ndarray
+) -> float:
+    """`tilted`, with each sample left out in turn."""
+    return left_out(
+        lambda k: tilted(reward[:, k], cost[:, k], lam, beta, score[:, k]), cost.shape[1]
+    )
+
+
+def corrected(reward: np.ndarray, cost: np.ndarray, limit: float, beta: float) -> float:
+    """The multiplier at which `without_bias` of the cost is the limit, by Brent's method."""
+    return float(
+        brentq(lambda x: without_bias(reward, cost, x, beta, cost) - limit, 0, 50, xtol=1e-11)
+    )
+
+
+@pytest.mark.usefixtures("folder")
+def test_without_the_jackknife_the_multiplier_is_the_plain_root_of_the_papers(
+    resources: Resources,
+) -> None:
+    result = solved(run_of(resources, jackknife=False))
+    reward, cost = scores()
+    plain = root(reward, cost, limit=LIMIT, beta=1.5, lambda_max=50)
+    assert result["lam"] == pytest.approx(plain, abs=1e-12)
+    assert tilted(reward, cost, result["lam"], 1.5, cost) == pytest.approx(LIMIT)
+    assert result["half_drift"] > 0 and corrected(reward, cost, LIMIT, 1.5) < plain
+
+
 @pytest.mark.usefixtures("folder")
 def test_the_files_hold_the_solution_of_the_pool(resources: Resources) -> None:
     run = run_of(resources)
@@ -120,9 +168,7 @@ def test_the_files_hold_the_solution_of_the_pool(resources: Resources) -> None:
     reward, cost = scores()
     beta = run.params.beta
     lam = result["lam"]
-    assert lam == pytest.approx(
-        root(reward, cost, limit=LIMIT, beta=beta, lambda_max=50), abs=1e-12
-    )
+    assert lam == pytest.approx(corrected(reward, cost, LIMIT, beta), abs=1e-9)
     assert result["prices"] == [] and result["messages"] == []
     assert result["standardised"] == pytest.approx(
         {
@@ -133,14 +179,14 @@ def test_the_files_hold_the_solution_of_the_pool(resources: Resources) -> None:
         }
     )
     halves = [
-        predict(reward[:, h], cost[:, h], lam, beta, cost[:, h]).mean()
+        without_bias(reward[:, h], cost[:, h], lam, beta, cost[:, h])
         for h in (slice(4), slice(4, 8))
     ]
     assert result["half_drift_cost"] == pytest.approx(np.mean(halves) - LIMIT)
     table = read_table("data/dual/prompts.parquet", DUAL_PROMPTS)
     pool = read_table("data/scored/pool.parquet", POOL)
     assert table["prompt_id"].tolist() == pool["prompt_id"].drop_duplicates().tolist()
-    assert table["cost"].mean() == pytest.approx(LIMIT)
+    assert table["cost"].mean() == pytest.approx(predict(reward, cost, lam, beta, cost).mean())
     assert table["value"].to_numpy() == pytest.approx(soft_value(reward, cost, lam, beta))
     assert table["ess"].median() == pytest.approx(result["ess_median"])
     frontier = read_json("data/dual/frontier.json")
@@ -148,10 +194,7 @@ def test_the_files_hold_the_solution_of_the_pool(resources: Resources) -> None:
     assert [row["lam"] for row in frontier["rows"]] == sorted({*run.params.grid, lam})
     at = next(row for row in frontier["rows"] if row["lam"] == lam)
     w = jackknife_weights(reward, cost, lam, beta)
-    assert at["cost"] == pytest.approx((w * cost).sum(1).mean())
-    assert at["cost"] == pytest.approx(
-        LIMIT - result["half_drift_cost"], abs=0.5 * abs(result["half_drift_cost"])
-    )
+    assert at["cost"] == pytest.approx((w * cost).sum(1).mean()) == pytest.approx(LIMIT)
     assert at["kl"] > table["kl"].mean()  # few samples leave a KL too small
     assert read_json("reports/metrics/dual_init.json")["lam_margin"] == result["lam_margin"]
 
@@ -179,9 +222,7 @@ def test_answers_off_the_support_are_doubted_in_the_dual_and_shown_as_scored(
         cost + rise * by_prompt(pool.assign(best=best), "best"),
     )
     beta = run.params.beta
-    assert result["lam"] == pytest.approx(
-        root(*doubted, limit=LIMIT, beta=beta, lambda_max=50), abs=1e-12
-    )
+    assert result["lam"] == pytest.approx(corrected(*doubted, LIMIT, beta), abs=1e-9)
     assert result["pessimism"] == pytest.approx(
         {"answers": 60, "degree": 1.0, "reward": drop, "cost": rise}
     )
@@ -193,9 +234,7 @@ def test_answers_off_the_support_are_doubted_in_the_dual_and_shown_as_scored(
     plain = solved(
         run_of(resources, pessimism=pessimism.model_copy(update={"reward": 0.0, "cost": 0.0}))
     )
-    assert plain["lam"] == pytest.approx(
-        root(reward, cost, limit=LIMIT, beta=beta, lambda_max=50), abs=1e-12
-    )
+    assert plain["lam"] == pytest.approx(corrected(reward, cost, LIMIT, beta), abs=1e-9)
     assert plain["lam"] != result["lam"] and plain["pessimism"] is None
     assert "as_scored" not in plain
     assert result["as_scored"] == {key: plain[key] for key in result["as_scored"]}
@@ -213,7 +252,7 @@ def test_the_stock_leaves_room_for_the_certificate_and_null_leaves_none(
     assert lam > result["lam"] and result["target"] == pytest.approx(
         LIMIT - result["certificate_margin"]
     )
-    assert predict(reward, cost, lam, beta, cost).mean() == pytest.approx(result["target"])
+    assert without_bias(reward, cost, lam, beta, cost) == pytest.approx(result["target"])
     sd = spread_of_means(reward, cost, lam, beta, run.params.certify_samples)
     assert result["certificate_margin"] == pytest.approx(
         certificate_margin(sd, run.params.certify_prompts, delta=run.params.delta, power=0.8)
@@ -230,7 +269,7 @@ def test_the_stock_leaves_room_for_the_certificate_and_null_leaves_none(
 def test_lambda_moves_with_the_error_of_the_zero(resources: Resources) -> None:
     result = solved(run_of(resources))
     reward, cost = scores()
-    ends = [root(reward, cost, limit=LIMIT + e, beta=1.5, lambda_max=50) for e in (0.05, -0.05)]
+    ends = [corrected(reward, cost, LIMIT + e, 1.5) for e in (0.05, -0.05)]
     assert [result["lam_zero_low"], result["lam_zero_high"]] == pytest.approx(ends)
     assert result["lam_slope"] * -0.1 == pytest.approx(ends[1] - ends[0], rel=0.1)
 
@@ -255,7 +294,7 @@ def test_few_effective_samples_come_with_a_beta_and_a_number_of_samples(
     )  # two digits of it are told
     wanted = float(message.split("draw ")[1].split(" ")[0])
     reward, cost = scores()
-    lam = root(reward, cost, limit=LIMIT, beta=0.5, lambda_max=50)
+    lam = corrected(reward, cost, LIMIT, 0.5)
     assert wanted == round(samples_for_ess(reward, cost, lam, 0.5, 5.0))
     [hopeless] = solved(run_of(resources, beta=0.02, min_ess=7.9))["messages"]
     assert (
@@ -276,7 +315,8 @@ def test_no_limit_makes_more_samples_count_than_there_are(resources: Resources) 
 def test_a_stock_out_of_reach_is_told(resources: Resources) -> None:
     reward, cost = scores()
     limit = float(predict(reward, cost, 50.0, 1.5, cost).mean()) + 1e-3
-    [message] = solved(run_of(resources, power=0.8, limit=limit, min_ess=0.1))["messages"]
+    few = {"certify_prompts": 4, "min_ess": 0.1}
+    [message] = solved(run_of(resources, power=0.8, limit=limit, **few))["messages"]
     assert message.startswith(
         "the target that leaves room for a certificate is out of the samples' reach: lam_margin"
         " takes"
@@ -296,14 +336,23 @@ def test_a_limit_on_length_shortens_what_the_pool_predicts(resources: Resources)
     row = next(r for r in read_json("data/dual/frontier.json")["rows"] if r["lam"] == result["lam"])
     assert found["lam"] > 0 and found["predicted"] == pytest.approx(18.0, abs=1e-6)
     given = (reward - found["lam"] * length, cost, result["lam"], 1.5)
-    assert predict(*given, length).mean() == pytest.approx(18.0, abs=1e-5)
-    assert predict(*given, cost).mean() == pytest.approx(LIMIT)
+    assert without_bias(*given, length) == pytest.approx(18.0, abs=1e-5)
+    assert without_bias(*given, cost) == pytest.approx(LIMIT)
     assert row["length"] < free["length"] - 1 and row["reward"] < free["reward"]
     w = jackknife_weights(*given)
-    joint = solve_many(reward, [cost, length], limits=[LIMIT, 18.0], beta=1.5, lambda_max=50)
-    assert [result["lam"], found["lam"]] == pytest.approx(joint.lams.tolist(), abs=1e-7)
     for name, score in (("reward", reward), ("length", length)):
         assert row[name] == pytest.approx(float((w * score).sum(1).mean()))
+
+
+@pytest.mark.usefixtures("folder")
+def test_without_the_jackknife_prices_are_those_of_the_joint_dual(resources: Resources) -> None:
+    short = {"short": ConstraintSpec(quantity="length", limit=18.0)}
+    result = solved(run_of(resources, additional=short, jackknife=False))
+    [found] = result["prices"]
+    reward, cost = scores()
+    length = by_prompt(read_table("data/scored/pool.parquet", POOL), "length")
+    joint = solve_many(reward, [cost, length], limits=[LIMIT, 18.0], beta=1.5, lambda_max=50)
+    assert [result["lam"], found["lam"]] == pytest.approx(joint.lams.tolist(), abs=1e-7)
 
 
 @pytest.mark.usefixtures("folder")
@@ -321,30 +370,27 @@ def test_a_limit_on_answers_that_do_not_end_is_met_on_the_pool(resources: Resour
         run_of(resources, additional={"whole": ConstraintSpec(quantity="unended", limit=0.1)})
     )
     [found] = result["prices"]
-    joint = solve_many(reward, [cost, cut], limits=[LIMIT, 0.1], beta=1.5, lambda_max=50)
-    assert [result["lam"], found["lam"]] == pytest.approx(joint.lams.tolist(), abs=1e-7) and found[
-        "lam"
-    ] > 0
     charged = reward - found["lam"] * cut
-    assert tilted(charged, cost, result["lam"], 1.5, cut) == pytest.approx(0.1, abs=1e-5)
-    assert tilted(charged, cost, result["lam"], 1.5, cost) == pytest.approx(LIMIT, abs=1e-5)
+    given = (charged, cost, result["lam"], 1.5)
+    assert without_bias(*given, cut) == pytest.approx(0.1, abs=1e-5)
+    assert without_bias(*given, cost) == pytest.approx(LIMIT, abs=1e-5)
 
 
 @pytest.mark.usefixtures("folder")
 def test_p_unsafe_alone_has_a_price_and_a_limit_that_is_slack_none(resources: Resources) -> None:
-    """By bisection of P(unsafe) under exp((r - price 1{c > 0}) / beta); lambda is 0, and the
-    message says which.
+    """By bisection of P(unsafe) under exp((r - price 1{c > 0}) / beta), each sample left out in
+    turn; lambda is 0, and the message says which.
     """
     reward, cost = scores()
     unsafe = (cost > 0).astype(float)
-    wanted = 0.5 * float((weights(reward, cost, 0.0, 1.5) * unsafe).sum(1).mean())
+    wanted = 0.5 * without_bias(reward, cost, 0.0, 1.5, unsafe)
     spec = ConstraintSpec(quantity="p_unsafe", limit=wanted)
     result = solved(run_of(resources, limit=100.0, additional={"rare": spec}, min_ess=0.1))
     low = 0.0
     high = 50.0
     for _ in range(80):
         middle = (low + high) / 2
-        over = float((weights(reward, unsafe, middle, 1.5) * unsafe).sum(1).mean()) > wanted
+        over = without_bias(reward, unsafe, middle, 1.5, unsafe) > wanted
         low, high = (middle, high) if over else (low, middle)
     [found] = result["prices"]
     assert (
@@ -360,27 +406,6 @@ def test_p_unsafe_alone_has_a_price_and_a_limit_that_is_slack_none(resources: Re
 
 
 # --- other KL weights -----------------------------------------------------------------------------
-
-
-def tilted(
-    reward: np.ndarray, cost: np.ndarray, lam: float, beta: float, score: np.ndarray
-) -> float:
-    """The mean of `score` under exp((r - lambda c) / beta), by sums over each prompt's samples."""
-    means = []
-    for r, c, s in zip(reward, cost, score, strict=True):
-        w = np.exp((r - lam * c - (r - lam * c).max()) / beta)
-        means.append(float((w * s).sum() / w.sum()))
-    return float(np.mean(means))
-
-
-def left_out(of: Any, count: int) -> float:
-    """The jackknife: n f - (n - 1) mean_i f_(-i), `of` being a function of the samples that are
-    kept.
-    """
-    every = np.arange(count)
-    return float(
-        count * of(every) - (count - 1) * np.mean([of(np.delete(every, i)) for i in every])
-    )
 
 
 def predicted_at(run: Run[DualInitParams]) -> dict[float, dict[str, Any]]:
@@ -399,7 +424,7 @@ def test_another_kl_weight_meets_the_limit_at_its_own_multiplier(resources: Reso
     length = by_prompt(read_table("data/scored/pool.parquet", POOL), "length")
     assert list(rows) == [0.7, 1.5, 4.0]
     for beta, row in rows.items():
-        lam = brentq(lambda x, b=beta: tilted(reward, cost, x, b, cost) - LIMIT, 0, 50, xtol=1e-13)
+        lam = corrected(reward, cost, LIMIT, beta)
         assert row["lam"] == pytest.approx(lam, abs=1e-9) and row["lam_low"] < lam < row["lam_high"]
         for name, score in {
             "reward": reward,
@@ -461,12 +486,9 @@ def test_additional_constraints_are_solved_anew_at_each_kl_weight(resources: Res
     row = predicted_at(run_of(resources, betas=[3.0], additional=additional))[3.0]
     reward, cost = scores()
     length = by_prompt(read_table("data/scored/pool.parquet", POOL), "length")
-    joint = solve_many(reward, [cost, length], limits=[LIMIT, 18.0], beta=3.0, lambda_max=50)
-    assert [row["lam"], *row["prices"]] == pytest.approx(joint.lams.tolist(), abs=1e-7)
-    assert tilted(
-        reward - row["prices"][0] * length, cost, row["lam"], 3.0, length
-    ) == pytest.approx(18.0, abs=1e-5)
-    w = jackknife_weights(reward - row["prices"][0] * length, cost, row["lam"], 3.0)
+    given = (reward - row["prices"][0] * length, cost, row["lam"], 3.0)
+    assert without_bias(*given, length) == pytest.approx(18.0, abs=1e-5)
+    w = jackknife_weights(*given)
     assert row["reward"] == pytest.approx((w * reward).sum(1).mean())
 
 

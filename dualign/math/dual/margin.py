@@ -10,7 +10,7 @@ from scipy.optimize import brentq
 from scipy.special import ndtri
 
 from dualign.math.dual.root import root, scales
-from dualign.math.dual.tilt import predict, weights
+from dualign.math.dual.tilt import mean_cost, weights
 
 Array = np.ndarray
 
@@ -71,13 +71,14 @@ def solve_with_margin(
     beta: float,
     lambda_max: float,
     margin: Callable[[float], float],
+    jackknife: bool = False,
 ) -> MarginSolution:
     """The smallest multiplier with C(lambda) + margin(lambda) <= limit; 0 where it holds already.
 
     `margin` is the certificate margin at a multiplier. It changes slowly beside C, but need not
     fall with lambda, so the first sign change on a geometric grid above the plain root is
-    bracketed. Where there is none, the target is C(lambda_max). Raises InfeasibleError as `root`
-    does.
+    bracketed. Where there is none, the target is C(lambda_max). `jackknife` as in `root`. Raises
+    InfeasibleError as that does.
 
     Without a margin it is `root`; with one of 0.05 the unsafe answer keeps a fifth:
 
@@ -90,9 +91,9 @@ def solve_with_margin(
     """
 
     def excess(lam: float) -> float:
-        return float(predict(reward, cost, lam, beta, cost).mean()) + margin(lam) - limit
+        return mean_cost(reward, cost, lam, beta, jackknife) + margin(lam) - limit
 
-    low = root(reward, cost, limit=limit, beta=beta, lambda_max=lambda_max)
+    low = root(reward, cost, limit=limit, beta=beta, lambda_max=lambda_max, jackknife=jackknife)
     if excess(low) <= 0:
         return MarginSolution(low, limit - margin(low), margin(low), True)
     room = lambda_max - low
@@ -102,5 +103,5 @@ def solve_with_margin(
             lam = float(brentq(excess, low, high, xtol=1e-12 * lambda_max, rtol=1e-12))
             return MarginSolution(lam, limit - margin(lam), margin(lam), True)
         low = float(high)
-    target = float(predict(reward, cost, lambda_max, beta, cost).mean())
+    target = mean_cost(reward, cost, lambda_max, beta, jackknife)
     return MarginSolution(lambda_max, target, limit - target, False)

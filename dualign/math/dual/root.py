@@ -12,7 +12,7 @@ import numpy as np
 
 from dualign.core.errors import InfeasibleError
 from dualign.math.dual.reach import out_of_reach
-from dualign.math.dual.tilt import weights
+from dualign.math.dual.tilt import jackknife_weights, predict, weights
 from dualign.math.spread import within_sd
 
 Array = np.ndarray
@@ -46,12 +46,9 @@ def root(
     beta: float,
     lambda_max: float,
     share: Array | None = None,
+    jackknife: bool = False,
 ) -> float:
-    """The root of C(lambda) = limit by Newton's method in a shrinking bracket; 0 if C(0) <= limit.
-
-    `share` weighs the prompts (default: all alike), which is how the bootstrap resamples them.
-    Raises InfeasibleError if even lambda_max leaves the cost above the limit; it says what would
-    do.
+    """The multiplier of `Equation.solve`.
 
     Two answers, safe and unsafe, and a quarter of the unsafe one allowed: e^-lambda / (1 +
     e^-lambda) = 1/4.
@@ -60,47 +57,60 @@ def root(
     >>> round(float(np.exp(root(reward, cost, limit=0.25, beta=1.0, lambda_max=10.0))), 6)
     3.0
     """
-    lam, _ = root_and_steps(
-        reward, cost, limit=limit, beta=beta, lambda_max=lambda_max, share=share
-    )
+    equation = Equation(reward, cost, limit, beta, lambda_max)
+    lam, _ = equation.solve(share, jackknife=jackknife)
     return lam
 
 
-def root_and_steps(
-    reward: Array,
-    cost: Array,
-    *,
-    limit: float,
-    beta: float,
-    lambda_max: float,
-    share: Array | None = None,
-    start: float = 0.0,
-) -> tuple[float, int]:
-    """The multiplier as `root` finds it, and Newton's steps from `start`.
+class Equation(NamedTuple):
+    """C(lambda) = limit on a pool, its scores [prompts, samples], and the largest lambda."""
 
-    >>> reward, cost = np.array([[0.0, 0.0]]), np.array([[0.0, 1.0]])
-    >>> root_and_steps(reward, cost, limit=0.5, beta=1.0, lambda_max=10.0)  # kept without a price
-    (0.0, 0)
-    """
-    share = np.full(len(cost), 1.0 / len(cost)) if share is None else share / share.sum()
-    unit = scales(reward, cost, beta)
-    factor = unit.cost / unit.reward
-    r = reward / unit.reward
-    c = (cost - unit.centre) / unit.cost
+    reward: Array
+    cost: Array
+    limit: float
+    beta: float
+    lambda_max: float
 
-    def moments(lam: float) -> tuple[float, float]:
-        w = weights(r, c, lam, beta / unit.reward)
-        mean = (w * c).sum(1)
-        return float(share @ mean), float(share @ ((w * c**2).sum(1) - mean**2))
+    def solve(
+        self, share: Array | None = None, start: float = 0.0, jackknife: bool = False
+    ) -> tuple[float, int]:
+        """The root by Newton's method in a shrinking bracket, 0 if C(0) <= limit; and the steps.
 
-    goal = (limit - unit.centre) / unit.cost
-    top = lambda_max * factor
-    if moments(0.0)[0] <= goal:
-        return 0.0, 0
-    if moments(top)[0] > goal:
-        raise InfeasibleError(out_of_reach(reward, cost, share, limit, beta, lambda_max))
-    lam, steps = _newton(moments, goal, beta / unit.reward, top, start * factor)
-    return lam / factor, steps
+        `share` weighs the prompts (default: all alike), which is how the bootstrap resamples them.
+        With `jackknife` C is that of `jackknife_weights`: self-normalised weights pull the cost
+        towards the reference's, and a root above 0 upwards.
+
+        Raises InfeasibleError if even lambda_max leaves the cost above the limit, by the weights as
+        they are; it says what would do.
+
+        >>> reward, cost = np.array([[0.0, 0.0]]), np.array([[0.0, 1.0]])
+        >>> Equation(reward, cost, limit=0.5, beta=1.0, lambda_max=10.0).solve()  # without a price
+        (0.0, 0)
+        """
+        prompts = len(self.cost)
+        share = np.full(prompts, 1.0 / prompts) if share is None else share / share.sum()
+        unit = scales(self.reward, self.cost, self.beta)
+        r = self.reward / unit.reward
+        c = (self.cost - unit.centre) / unit.cost
+        beta = self.beta / unit.reward
+
+        def moments(lam: float) -> tuple[float, float]:
+            w = weights(r, c, lam, beta)
+            mean = (w * c).sum(1)
+            spread = float(share @ ((w * c**2).sum(1) - mean**2))
+            if jackknife:
+                mean = (jackknife_weights(r, c, lam, beta) * c).sum(1)
+            return float(share @ mean), spread
+
+        factor = unit.cost / unit.reward
+        goal = (self.limit - unit.centre) / unit.cost
+        top = self.lambda_max * factor
+        if moments(0.0)[0] <= goal:
+            return 0.0, 0
+        if share @ predict(r, c, top, beta, c) > goal:
+            raise InfeasibleError(out_of_reach(share=share, **self._asdict()))
+        lam, steps = _newton(moments, goal, beta, top, start * factor)
+        return lam / factor, steps
 
 
 def _newton(

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from dualign.core.errors import InfeasibleError
-from dualign.math.dual.root import Scales, check_numbers, root_and_steps, scales
+from dualign.math.dual.root import Equation, Scales, check_numbers, scales
 from dualign.math.dual.tail import shortfall, value_at_risk
 from dualign.math.dual.tilt import (
+    bias,
     divergence,
     dual_value,
     effective_samples,
     jackknife_value,
     jackknife_weights,
+    mean_cost,
     predict,
     soft_value,
     variance,
@@ -24,6 +26,17 @@ from dualign.math.dual.tilt import (
 )
 
 Array = np.ndarray
+
+
+class Bootstrap(NamedTuple):
+    """How many times the prompts are resampled, and the seed of it."""
+
+    resamples: int = 200
+    seed: int = 0
+
+
+#: That of `solve`.
+BOOTSTRAP = Bootstrap()
 
 
 @dataclass(frozen=True)
@@ -41,6 +54,7 @@ class DualSolution:
     resamples: Array
     scales: Scales
     steps: int
+    jackknife: bool = False
 
     @property
     def slack(self) -> bool:
@@ -49,9 +63,21 @@ class DualSolution:
 
     @property
     def slope(self) -> float:
-        """d lambda / d limit = -beta / mean Var(c | x) at the solution; 0 if the limit is slack."""
+        """d lambda / d limit = -beta / mean Var(c | x) at the solution; 0 if the limit is slack.
+
+        Of a jackknifed solution 1 / C'(lambda) by central difference: few samples show too little
+        of the variance."""
         spread = float(variance(self.reward, self.cost, self.lam, self.beta).mean())
-        return 0.0 if self.slack or spread == 0 else -self.beta / spread
+        if self.slack or spread == 0:
+            return 0.0
+        if not self.jackknife:
+            return -self.beta / spread
+        step = 1e-3 * self.beta / self.scales.cost
+        low, high = (
+            mean_cost(self.reward, self.cost, self.lam + move, self.beta, jackknife=True)
+            for move in (-step, step)
+        )
+        return 2 * step / (high - low) if high < low else 0.0
 
     def frontier(
         self,
@@ -65,10 +91,9 @@ class DualSolution:
 
         Each has a 95 % band (`_low`, `_high`) from a bootstrap over prompts. All but the ESS are
         jackknifed (`jackknife_weights`): self-normalised weights pull every mean towards the
-        reference, and no band over prompts sees that. lambda itself is the root of the plain
-        estimate, as published, so the cost at it differs from the limit by about that bias, which
-        is what half of the samples drift by (`half_drift_cost` of dual_init). No mean leaves the
-        range of its scores in the pool, no CVaR is below the cost, no KL below 0.
+        reference, and no band over prompts sees that. At a lambda that is the root of the plain
+        estimate the cost differs from the limit by about that bias. No mean leaves the range of its
+        scores in the pool, no CVaR is below the cost, no KL below 0.
 
         CVaR is that of the cost at `level`, its band at the value at risk of the plain weights.
         `reward` replaces the one that was solved with where additional constraints are priced into
@@ -124,16 +149,17 @@ def solve(
     limit: float,
     beta: float,
     lambda_max: float = 1e4,
-    bootstrap: int = 200,
-    seed: int = 0,
+    bootstrap: Bootstrap = BOOTSTRAP,
+    jackknife: bool = False,
 ) -> DualSolution:
     """Solve the dual on scored samples of the reference policy.
 
     Args:
         reward, cost: arrays [prompts, samples]; cost > 0 is unsafe.
         limit: d, in units of cost. beta: weight of the KL term, in units of reward.
-        bootstrap: resamples of the prompts for the 95 % interval of lambda and the bands of the
-            frontier.
+        bootstrap: of the prompts, for the 95 % interval of lambda and the bands of the frontier.
+        jackknife: take the bias of order 1 / samples out of lambda and its interval; without, they
+            are the plain estimates of the papers.
 
     Returns:
         DualSolution with `lam`, `lam_interval`, `ess` and `value` (per prompt) and
@@ -152,18 +178,20 @@ def solve(
     >>> round(found.frontier([0.0])[0]["p_unsafe"], 6)  # without the limit
     0.5
     """
-    check_numbers(limit, beta, lambda_max, bootstrap)
+    check_numbers(limit, beta, lambda_max, bootstrap.resamples)
     reward, cost = _scores(reward, cost)
-    lam, steps = root_and_steps(reward, cost, limit=limit, beta=beta, lambda_max=lambda_max)
-    rng = np.random.default_rng(seed)
+    equation = Equation(reward, cost, limit, beta, lambda_max)
+    lam, steps = equation.solve(jackknife=jackknife)
+    shift = bias(reward, cost, lam, beta, cost) if jackknife else np.zeros(len(cost))
     prompts = len(reward)
-    resamples = rng.multinomial(prompts, np.full(prompts, 1 / prompts), size=bootstrap) / prompts
+    rng = np.random.default_rng(bootstrap.seed)
+    alike = np.full(prompts, 1 / prompts)
+    resamples = rng.multinomial(prompts, alike, size=bootstrap.resamples) / prompts
 
     def resampled(share: Array) -> float:
+        moved = limit + float(share @ shift)  # the bias at lambda itself serves all resamples
         try:
-            return root_and_steps(
-                reward, cost, limit=limit, beta=beta, lambda_max=lambda_max, share=share, start=lam
-            )[0]
+            return equation._replace(limit=moved).solve(share, start=lam)[0]
         except InfeasibleError:
             return lambda_max
 
@@ -180,6 +208,7 @@ def solve(
         resamples=resamples,
         scales=scales(reward, cost, beta),
         steps=steps,
+        jackknife=jackknife,
     )
 
 

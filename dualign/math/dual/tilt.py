@@ -131,6 +131,32 @@ def jackknife_weights(reward: Array, cost: Array, lam: float, beta: float) -> Ar
     return jackknifed
 
 
+def bias(reward: Array, cost: Array, lam: float, beta: float, value: Array) -> Array:
+    """What `predict` has too much of E_{pi_lambda}[value | x] by the jackknife; [prompts].
+
+    Of the two samples of `jackknife_weights`, (7 / 8, 1 / 8) in place of (1.25, -0.25):
+
+    >>> reward, cost = np.array([[np.log(7), 0.0]]), np.zeros((1, 2))
+    >>> bias(reward, cost, lam=0.0, beta=1.0, value=np.array([[0.0, 8.0]])).round(12)
+    array([3.])
+    """
+    plain = predict(reward, cost, lam, beta, value)
+    without: Array = (jackknife_weights(reward, cost, lam, beta) * value).sum(1)
+    return plain - without
+
+
+def mean_cost(reward: Array, cost: Array, lam: float, beta: float, jackknife: bool) -> float:
+    """C(lambda) = mean_x E_{pi_lambda}[c | x] of a pool, with `jackknife` less its `bias`.
+
+    >>> reward, cost = np.array([[np.log(7), 0.0]]), np.array([[0.0, 8.0]])
+    >>> [round(mean_cost(reward, cost, 0.0, 1.0, jackknife=each), 12) for each in (False, True)]
+    [1.0, -2.0]
+    """
+    given = (reward, cost, lam, beta, cost)
+    shift = float(bias(*given).mean()) if jackknife else 0.0
+    return float(predict(*given).mean()) - shift
+
+
 def jackknife_value(reward: Array, cost: Array, lam: float, beta: float) -> Array:
     """V_lambda(x) less its bias of order 1 / n: n V - (n - 1) mean_i V_(-i), as in
     `jackknife_weights`; [prompts].
