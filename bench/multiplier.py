@@ -1,8 +1,8 @@
 """How far the pool's multiplier is from the true one, and how often its interval covers that, with
 the jackknife and without.
 
-    python -m bench.coverage multiplier             # ten minutes on one core
-    python -m bench.coverage multiplier --pools 20
+    python -m bench.coverage multiplier             # an hour on one core
+    python -m bench.coverage multiplier --pools 10
 
 A pool is drawn anew, prompts and answers, from a world whose frontier is known (those of
 `bench.frontier`). The limit is the cost of pi_1 there, so the true multiplier is 1. `solve` finds

@@ -78,7 +78,7 @@ class Equation(NamedTuple):
 
         `share` weighs the prompts (default: all alike), which is how the bootstrap resamples them.
         With `jackknife` C is that of `jackknife_weights`: self-normalised weights pull the cost
-        towards the reference's, and a root above 0 upwards.
+        towards the reference's, and so the root up where that is above the limit.
 
         Raises InfeasibleError if even lambda_max leaves the cost above the limit, by the weights as
         they are; it says what would do.
