@@ -14,9 +14,10 @@ estimates."""
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any, Protocol
@@ -201,20 +202,27 @@ def of_pool(solution: DualSolution, lam: float, truth: dict[str, float]) -> dict
 # --- all rows -------------------------------------------------------------------------------------
 
 
+#: A world, beta, the prompts and the samples a prompt of a pool, and the generator of its draws.
+Design = tuple[World, float, int, int, np.random.Generator]
+
+
 def run(settings: Settings) -> list[dict[str, Any]]:
     """A row for each world, beta, size of pool and multiplier."""
     rows: list[dict[str, Any]] = []
+    for design in designs(settings.seed, _PROMPTS, _SAMPLES):
+        rows += pools(*design, settings)
+    return rows
+
+
+def designs(seed: int, prompts: Sequence[int], samples: Sequence[int]) -> Iterator[Design]:
+    """Every world and beta with every size of pool, each with a generator of its own."""
     worlds: tuple[World, ...] = (Gaussian(), Finite())
     for index, world in enumerate(worlds):
         for beta in _BETAS:
-            for prompts in _PROMPTS:
-                for samples in _SAMPLES:
-                    rng = np.random.default_rng(
-                        [settings.seed, index, int(100 * beta), prompts, samples]
-                    )
-                    rows += pools(world, beta, prompts, samples, rng, settings)
+            for count, each in itertools.product(prompts, samples):
+                key = [seed, index, int(100 * beta), count, each]
+                yield world, beta, count, each, np.random.default_rng(key)
             log.info("%s, beta %g", world.name, beta)
-    return rows
 
 
 def pools(

@@ -12,7 +12,6 @@ the limit it ends."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -20,17 +19,14 @@ from typing import Any
 
 import numpy as np
 
-from bench import options
-from bench.frontier import Finite, Gaussian, World
+from bench import frontier, options
+from bench.frontier import World, designs
 from bench.options import knob
-from dualign.core.errors import DualignError, InfeasibleError
+from dualign.core.errors import InfeasibleError
 from dualign.math.dual.solution import Bootstrap, DualSolution, solve
-
-log = logging.getLogger(__name__)
 
 PROGRAM = "python -m bench.coverage multiplier"
 
-_BETAS = (0.5, 1.0, 2.0)
 _PROMPTS = (100, 1000)
 _SAMPLES = (4, 8, 16, 32)
 _TRUTH = 1.0
@@ -39,31 +35,16 @@ _NOMINAL = 0.92
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What a run can change; every field is an option of the command."""
+class Settings(frontier.Settings):
+    """The same that `bench.frontier` can change, with fewer pools and resamples."""
 
     pools: int = knob(100, "pools drawn for each row")
     bootstrap: int = knob(100, "resamples of the prompts for each interval")
-    seed: int = knob(0, "seed of all draws")
-
-    def __post_init__(self) -> None:
-        if self.pools < 1 or self.bootstrap < 2:
-            raise DualignError("pools must be at least 1, bootstrap at least 2")
 
 
 def run(settings: Settings) -> list[dict[str, Any]]:
     """A row for each world, beta and size of pool."""
-    rows: list[dict[str, Any]] = []
-    worlds: tuple[World, ...] = (Gaussian(), Finite())
-    for index, world in enumerate(worlds):
-        for beta in _BETAS:
-            for prompts in _PROMPTS:
-                for samples in _SAMPLES:
-                    key = [settings.seed, index, int(100 * beta), prompts, samples]
-                    rng = np.random.default_rng(key)
-                    rows.append(row_of(world, beta, prompts, samples, rng, settings))
-            log.info("%s, beta %g", world.name, beta)
-    return rows
+    return [row_of(*each, settings) for each in designs(settings.seed, _PROMPTS, _SAMPLES)]
 
 
 def row_of(

@@ -222,7 +222,7 @@ def describe(
         slack=solution.slack,
         jackknife=params.jackknife,
         cost_reference=float(cost.mean()),
-        cost_unconstrained=cost_at(0.0, solution.reward, cost, params),
+        cost_unconstrained=mean_cost(solution.reward, cost, 0.0, solution.beta, params.jackknife),
         reachable_minimum=mean_cost(
             solution.reward, cost, params.lambda_max, solution.beta, jackknife=False
         ),
@@ -268,21 +268,18 @@ def drift(
     Means over both halves, less the value of all samples. Few samples bias both, so drift says that
     more are needed."""
     half = cost.shape[1] // 2
+    beta = params.beta
     roots = []
     costs = []
     for part in (slice(0, half), slice(half, 2 * half)):
         r = reward[:, part]
         c = cost[:, part]
-        costs.append(cost_at(lam, r, c, params))
-        if predict(r, c, params.lambda_max, params.beta, c).mean() <= params.limit:
+        costs.append(mean_cost(r, c, lam, beta, params.jackknife))
+        if mean_cost(r, c, params.lambda_max, beta, jackknife=False) <= params.limit:
             roots.append(multiplier(params.limit, r, c, params))
     half_drift = float(np.mean(roots) - lam) if roots else None
-    return half_drift, float(np.mean(costs)) - cost_at(lam, reward, cost, params)
-
-
-def cost_at(lam: float, reward: np.ndarray, cost: np.ndarray, params: DualInitParams) -> float:
-    """The mean cost of pi_lambda by scores [prompts, samples]."""
-    return mean_cost(reward, cost, lam, params.beta, jackknifes(cost, params))
+    whole = mean_cost(reward, cost, lam, beta, params.jackknife)
+    return half_drift, float(np.mean(costs)) - whole
 
 
 def multiplier(limit: float, reward: np.ndarray, cost: np.ndarray, params: DualInitParams) -> float:
@@ -293,13 +290,8 @@ def multiplier(limit: float, reward: np.ndarray, cost: np.ndarray, params: DualI
         limit=limit,
         beta=params.beta,
         lambda_max=params.lambda_max,
-        jackknife=jackknifes(cost, params),
+        jackknife=params.jackknife,
     )
-
-
-def jackknifes(cost: np.ndarray, params: DualInitParams) -> bool:
-    """Whether estimates leave each sample out in turn, which takes two of them."""
-    return params.jackknife and cost.shape[1] > 1
 
 
 def at_zero_error(

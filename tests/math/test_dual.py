@@ -36,6 +36,8 @@ from dualign.math.dual.tilt import (
 
 BETA, LIMIT = 0.7, -0.35
 Array = np.ndarray
+#: Reward and cost of the four answers of a small world.
+FOUR = np.array([0.3, -1.0, 0.8, 0.1]), np.array([-0.5, 0.2, 1.1, -0.9])
 
 
 def pool(seed: int, prompts: int = 12, samples: int = 8) -> tuple[Array, Array]:
@@ -193,6 +195,7 @@ def test_the_jackknife_of_equal_weights_changes_nothing_and_of_one_sample_extrap
     """
     flat = np.zeros((1, 4))
     assert jackknife_weights(flat, flat, 1.0, BETA)[0] == pytest.approx([0.25] * 4)
+    assert jackknife_weights(flat[:, :1], flat[:, :1], 1.0, BETA).tolist() == [[1.0]]
     peak = np.array([[0.0, 1e9, 0.0, 0.0]])
     assert jackknife_weights(peak, flat, 1.0, BETA)[0] == pytest.approx([-0.25, 1.75, -0.25, -0.25])
 
@@ -201,7 +204,7 @@ def test_the_jackknife_takes_most_of_the_bias_out() -> None:
     """Four answers, pi_ref uniform, every pool of eight samples that can be drawn: exact
     expectations of both.
     """
-    r, c = np.array([0.3, -1.0, 0.8, 0.1]), np.array([-0.5, 0.2, 1.1, -0.9])
+    r, c = FOUR
     drawn = np.array(list(product(range(4), repeat=8)))
     reward, cost, lam, beta = r[drawn], c[drawn], 0.6, 1.5
     p = np.exp((r - lam * c) / beta)
@@ -576,18 +579,15 @@ def test_reach_is_that_of_the_samples_as_they_are() -> None:
 
 
 def drawn(rng: np.random.Generator, prompts: int, samples: int) -> tuple[Array, Array]:
-    """A pool of the four answers of one world, whose costs and rewards are known; pi_ref is
-    uniform.
-    """
-    reward, cost = np.array([0.3, -1.0, 0.8, 0.1]), np.array([-0.5, 0.2, 1.1, -0.9])
+    """A pool of the four answers of a world in which pi_ref is uniform."""
     seen = rng.integers(4, size=(prompts, samples))
-    return reward[seen], cost[seen]
+    return FOUR[0][seen], FOUR[1][seen]
 
 
 def test_the_jackknifed_multiplier_is_nearer_the_truth_and_its_interval_covers_it() -> None:
     """Pools of 500 prompts, 8 samples each, nominal 95 %, 40 pools."""
-    reward, cost = np.array([[0.3, -1.0, 0.8, 0.1]]), np.array([[-0.5, 0.2, 1.1, -0.9]])
-    truth = root(reward, cost, limit=LIMIT, beta=BETA, lambda_max=50)
+    reward, cost = FOUR
+    truth = root(reward[None], cost[None], limit=LIMIT, beta=BETA, lambda_max=50)
     rng = np.random.default_rng(0)
     hits = {False: 0, True: 0}
     errors: dict[bool, list[float]] = {False: [], True: []}

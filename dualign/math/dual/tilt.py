@@ -111,7 +111,7 @@ def jackknife_weights(reward: Array, cost: Array, lam: float, beta: float) -> Ar
     The jackknife of f = sum_j w_j f_j is n f - (n - 1) mean_i f_(-i), f_(-i) being f without sample
     i (Quenouille 1956). As f - f_(-i) = w_i (f_i - f_(-i)), it is sum_j a_j f_j with a = w + (n -
     1) / n (w - sum_i w_i w_(-i)) and w_(-i) the weights without sample i. It is within max f_j -
-    min f_j of f, even where one sample has all the weight.
+    min f_j of f, even where one sample has all the weight. A prompt's only sample keeps weight 1.
 
     Of two samples it is 2 w - 1/2, with w = 7/8 and 1/8 here:
 
@@ -121,6 +121,8 @@ def jackknife_weights(reward: Array, cost: Array, lam: float, beta: float) -> Ar
     """
     w = weights(reward, cost, lam, beta)
     count = w.shape[1]
+    if count == 1:  # there is none to leave out
+        return w
     heaviest = np.arange(count) == w.argmax(1)[:, None]
     # Beside the heaviest the others may be too light for 1 - w: their weights without it are
     # computed anew.
