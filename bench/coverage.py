@@ -6,6 +6,7 @@ cost is exactly at the limit.
     python -m bench.coverage shares       # of quantities of known range, such as P(unsafe)
     python -m bench.coverage frontier     # of the bands of the predicted frontier
     python -m bench.coverage multiplier   # of the interval of the pool's multiplier
+    python -m bench.coverage policy       # of what a search knows of a policy's cost
     python -m bench.coverage dense        # of a dense sequence of tests along a path
 
 Three parts: one candidate, a sequence of five, and costs corrected by labels. A false certificate
@@ -30,7 +31,7 @@ import numpy as np
 from scipy.stats import norm
 from scipy.stats import t as student
 
-from bench import dense, frontier, multiplier, options, shares
+from bench import dense, frontier, multiplier, options, policy_cost, shares
 from bench.options import knob
 from bench.rates import measured, percent
 from dualign.core.errors import DataError
@@ -521,6 +522,7 @@ def run(settings: Settings) -> dict[str, list[dict[str, Any]]]:
 _OTHERS: dict[str, tuple[ModuleType, str]] = {
     "frontier": (frontier, "frontier-coverage"),
     "multiplier": (multiplier, "multiplier-coverage"),
+    "policy": (policy_cost, "policy-coverage"),
     "shares": (shares, "share-coverage"),
     "dense": (dense, "dense-coverage"),
 }

@@ -126,19 +126,19 @@ class Finite:
 
     def __init__(self, kinds: int = 50, answers: int = 20) -> None:
         size = tabular.Settings(prompts=kinds, answers=answers, beta=1.0)
-        self._problem = tabular.draw_problem(size, np.random.default_rng(0))
+        self.problem = tabular.draw_problem(size, np.random.default_rng(0))
 
     def draw(self, rng: np.random.Generator, prompts: int, samples: int) -> tuple[Array, Array]:
-        kinds, answers = self._problem.cost.shape
+        kinds, answers = self.problem.cost.shape
         kind = rng.integers(kinds, size=prompts)
-        edges = np.exp(self._problem.log_reference).cumsum(1)[kind]
+        edges = np.exp(self.problem.log_reference).cumsum(1)[kind]
         drawn = (rng.random((prompts, samples, 1)) > edges[:, None, :]).sum(2).clip(max=answers - 1)
         return tuple(
-            scores[kind[:, None], drawn] for scores in (self._problem.reward, self._problem.cost)
+            scores[kind[:, None], drawn] for scores in (self.problem.reward, self.problem.cost)
         )
 
     def truth(self, lam: float, beta: float) -> dict[str, float]:
-        problem: optimum.Problem = replace(self._problem, beta=beta)
+        problem: optimum.Problem = replace(self.problem, beta=beta)
         policy = problem.policy(lam)
         unsafe = float((np.exp(policy) * (problem.cost > 0)).sum(1).mean())
         found = problem.describe(policy)

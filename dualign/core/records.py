@@ -267,13 +267,18 @@ class BlendRow(Record):
     weight: float
 
 
-class ScreenedRow(Record):
-    """A merge weight, and the cost that reference samples say it has."""
+class PoolCostRow(Record):
+    """What reference samples say that a policy costs."""
 
-    q: float
     cost: float | None
     cost_se: float | None
     ess: float | None
+
+
+class ScreenedRow(PoolCostRow):
+    """A merge weight, and the cost that reference samples say it has."""
+
+    q: float
 
 
 class SearchStep(Record):
@@ -297,6 +302,9 @@ class SearchStep(Record):
     p_unsafe: float | None = None
     model_cost: float | None = None
     model_cost_se: float | None = None
+    pool: PoolCostRow | None = None
+    combined_cost: float | None = None
+    combined_cost_se: float | None = None
 
 
 class SearchResult(Record):

@@ -19,6 +19,8 @@ Array = np.ndarray
 
 #: Standard errors below this share of the largest value are the rounding of equal ones, as 2/3.
 _ROUNDING = 1e-12
+#: No measurement is taken to be more exact, in its own units.
+_EXACT = 1e-6
 
 
 @dataclass(frozen=True)
@@ -135,6 +137,25 @@ def mean_of(values: Sequence[float] | Array, confidence: float = 0.95) -> Estima
         return Estimate(mean, error, float("-inf"), float("inf"))
     reach = float(stdtrit(count - 1, 0.5 + confidence / 2)) * error
     return Estimate(mean, error, mean - reach, mean + reach)
+
+
+def combined(first: tuple[float, float], second: tuple[float, float]) -> tuple[float, float]:
+    """Mean and standard error of one quantity by two independent (mean, standard error).
+
+    Each weighs by its precision 1 / error^2 (inverse-variance weighting); an infinite error says
+    nothing.
+
+    >>> combined((0.0, 0.1), (1.0, 0.1)) == (0.5, 0.1 / 2**0.5)
+    True
+    >>> combined((0.0, 0.1), (1.0, float("inf")))
+    (0.0, 0.1)
+    """
+    means, errors = np.transpose([first, second])
+    if not np.isfinite(errors).any():
+        return first
+    error = np.maximum(errors, _EXACT)
+    total = float((1 / error**2).sum())
+    return float((means / error**2).sum()) / total, total**-0.5
 
 
 def redrawn(generator: np.random.Generator, count: int, draws: int) -> Array:

@@ -57,5 +57,13 @@ def searches(folder: Path, params: ReportParams) -> list[dict[str, Any]]:
 
 
 def trajectory(search: SearchResult) -> Sequence[SearchStep | HistoryRow]:
-    """The steps of a search, or the history of the one training that moved lambda itself."""
-    return search.history or search.steps
+    """The steps of a search, or the history of the one training that moved lambda itself; the cost
+    of a step is what the search went by."""
+    return search.history or [_as_known(step) for step in search.steps]
+
+
+def _as_known(step: SearchStep) -> SearchStep:
+    if step.combined_cost is None:
+        return step
+    known = {"cost": step.combined_cost, "cost_se": step.combined_cost_se}
+    return step.model_copy(update=known)

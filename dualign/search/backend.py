@@ -25,7 +25,7 @@ from dualign.search.feedback import by_labels
 from dualign.search.journal import Step
 from dualign.search.loop import Ascent
 from dualign.search.pair_sources import PairSource, compared_pairs, pair_source
-from dualign.search.screening import Screening, off_policy_cost
+from dualign.search.screening import PoolCost, Screening, off_policy_cost
 from dualign.search.tables import ScoredTables
 from dualign.search.task import SearchTask
 from dualign.search.trainer import PolicyTrainer, losses
@@ -40,6 +40,8 @@ class ModelBackend:
         self._tables = ScoredTables(task, self._scorers.tokenizer)
         self._answers = Answers(task, self._scorers)
         self._trainer = PolicyTrainer(task, self._scorers.tokenizer)
+        #: The policy that was last put to the whole pool, and its log-ratios.
+        self._seen = ("", np.empty((0, 0)))
 
     @cached_property
     def _source(self) -> PairSource:
@@ -88,8 +90,13 @@ class ModelBackend:
         """The cost of the merge of weight q by importance weights on the whole pool."""
         out = self._task.scratch / "screened"
         merge(self._task.reference, self._task.start, q, out)
-        ratio = self._pool_ratio(str(out), self._tables.pool)
-        return Screening(q, *off_policy_cost(ratio, by_prompt(self._tables.scored_pool, "cost")))
+        return Screening(q, self._off_policy(self._pool_ratio(str(out), self._tables.scored_pool)))
+
+    def on_pool(self, policy: str) -> PoolCost:
+        """The cost of a policy by importance weights on the whole pool."""
+        ratio = self._pool_ratio(policy, self._tables.scored_pool)
+        self._seen = (policy, ratio)
+        return self._off_policy(ratio)
 
     def mix(self, step: int, steps: Sequence[Step]) -> str:
         """The policies of all steps in equal parts."""
@@ -121,12 +128,18 @@ class ModelBackend:
         """The effective tilt of a policy on the first samples of every pool prompt."""
         pool = self._tables.pool
         few = pool[pool["sample"] < TILT_SAMPLES]
+        seen, ratio = self._seen
+        if policy == seen:
+            return tilt_on(few, ratio[:, :TILT_SAMPLES])
         return tilt_on(few, self._pool_ratio(policy, few))
 
     def losses(self, steps: int) -> list[LossRow]:
         """The loss of every training of the first `steps` steps."""
         folders = [self._task.folder(step) for step in range(steps)]
         return losses(self._task.scratch, folders)
+
+    def _off_policy(self, ratio: np.ndarray) -> PoolCost:
+        return off_policy_cost(ratio, by_prompt(self._tables.scored_pool, "cost"))
 
     def _pool_ratio(self, policy: str, samples: pd.DataFrame) -> np.ndarray:
         """log(pi / pi_ref) of pool samples; shape [prompts, samples]."""

@@ -14,8 +14,8 @@ from dualign.core.artifacts import write_json
 from dualign.core.errors import DualignError
 from dualign.core.records import HistoryRow, read_record
 from dualign.evaluation.effective_tilt import Tilt
-from dualign.evaluation.stats import Measurement
-from dualign.search.screening import Screening
+from dualign.evaluation.stats import Measurement, combined
+from dualign.search.screening import PoolCost, Screening
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +41,8 @@ class Step:
     looked at there before this one was made. `prices` are the multipliers of additional constraints
     that it was trained at, in the order of `measured.additional`. `q` is the weight of a merge of
     start and reference; `blend` says which policies of the search were merged in place of a
-    training."""
+    training. `pool` is its cost as the pool sees it; None where the search does not ask, or does
+    not believe it."""
 
     step: int
     lam: float
@@ -55,6 +56,22 @@ class Step:
     screened: list[Screening] = field(default_factory=list)
     prices: tuple[float, ...] = ()
     blend: Blend | None = None
+    pool: PoolCost | None = None
+
+    @property
+    def cost(self) -> float:
+        """The mean cost by its own answers and the pool's, each weighed by its precision."""
+        return self._known[0]
+
+    @property
+    def cost_se(self) -> float:
+        """The standard error of `cost`."""
+        return self._known[1]
+
+    @property
+    def _known(self) -> tuple[float, float]:
+        own = (self.measured.cost, self.measured.cost_se)
+        return combined(own, (self.pool.cost, self.pool.cost_se)) if self.pool else own
 
     @property
     def weight(self) -> float:

@@ -16,8 +16,8 @@ from dualign.math.updates import merge_multiplier, tail
 from dualign.methods import ITERATIVE, Plan
 from dualign.params.search import DualSearchParams
 from dualign.search.journal import Blend, Step, record, restore
-from dualign.search.policy import RULES, Search, blend_first, jointly, screened_weight, solved
-from dualign.search.screening import Screening
+from dualign.search.policy import RULES, Search, blend_first, jointly, screened_weights, solved
+from dualign.search.screening import PoolCost, Screening, believed
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +59,10 @@ class SearchBackend(Protocol):
         """The cost of the merge of weight q on the pool, without generation."""
         ...
 
+    def on_pool(self, policy: str) -> PoolCost:
+        """The cost of a policy on the pool, without generation."""
+        ...
+
     def mix(self, step: int, steps: Sequence[Step]) -> str:
         """Make the mixture of all steps' policies, in equal parts; return the folder."""
         ...
@@ -87,9 +91,7 @@ def run(
     search stopped."""
     recorded = restore(scratch)
     if not recorded:
-        context = search.context
-        first = _measured(backend, 0, context.lam_start, start, prices=context.prices)
-        recorded = record(scratch, [first])
+        recorded = record(scratch, [_first(search, start, backend)])
 
     before = [step for step in recorded if not step.closing]
     steps, stopped = _iterate(search, before, backend, scratch, enough)
@@ -101,7 +103,7 @@ def run(
         return steps, stopped
     if _unaffordable(search, steps, trains=averages):
         return steps, out_of_tokens(search.params)
-    return record(scratch, [*steps, _close(search.plan, steps, backend)]), stopped
+    return record(scratch, [*steps, _close(search, steps, backend)]), stopped
 
 
 def _iterate(
@@ -125,7 +127,7 @@ def _iterate(
         if spent:
             return steps, spent
         if blend:
-            made = _blended(steps, blend, backend)
+            made = _blended(search, steps, blend, backend)
         else:
             made = _advance(search, steps, proposed, backend)
         steps = record(scratch, [*steps, made])
@@ -138,7 +140,7 @@ def _reason(search: Search, last: Step) -> str:
     if rule in (*ITERATIVE, "merge") and solved(search, last):
         if last.prices:
             return "all limits are met within noise, or kept at price 0"
-        if abs(last.measured.cost - search.target) > params.z * last.measured.cost_se:
+        if abs(last.cost - search.target) > params.z * last.cost_se:
             return "the limit is kept at lambda 0"
         return f"cost within noise of the {'limit' if search.target == params.limit else 'target'}"
     if rule == "projected_subgradient":
@@ -190,6 +192,18 @@ def _unaffordable(search: Search, steps: Sequence[Step], trains: bool) -> bool:
 # --- steps ----------------------------------------------------------------------------------------
 
 
+def _first(search: Search, start: str, backend: SearchBackend) -> Step:
+    """The start; by a merge rule it is the merge of weight 1, so that its screening is one."""
+    context = search.context
+    screened = []
+    pool = None
+    if search.asks_pool and search.plan.method.rule == "merge":
+        pool = backend.on_pool(start)
+        screened = [Screening(1.0, pool)]
+    more = {"prices": context.prices, "screened": screened}
+    return _measured(search, backend, 0, context.lam_start, start, pool, **more)
+
+
 def _advance(
     search: Search, steps: Sequence[Step], proposed: float, backend: SearchBackend
 ) -> Step:
@@ -200,26 +214,31 @@ def _advance(
         return _merged(search, steps, proposed, backend)
     if rule == "ascent":
         made = backend.ascend(number)
-        return _measured(backend, number, made.lam, made.policy, trained=True, history=made.history)
+        history = made.history
+        return _measured(
+            search, backend, number, made.lam, made.policy, trained=True, history=history
+        )
     last = steps[-1]
     prices: tuple[float, ...] = ()
     if last.prices:  # only Newton's rule begins with any
         prices = tuple(jointly(last, search.target, search.params.beta)[1:])
     policy = backend.train(number, proposed, last, prices or None)
-    return _measured(backend, number, proposed, policy, trained=True, prices=prices)
+    return _measured(search, backend, number, proposed, policy, trained=True, prices=prices)
 
 
 def _merged(search: Search, steps: Sequence[Step], proposed: float, backend: SearchBackend) -> Step:
     context = search.context
     number = len(steps)
-    q, seen = proposed, list[Screening]()
-    if search.plan.method.cost == "model":  # labels are on another scale than the pool's costs
-        q, seen = screened_weight(search, steps, proposed, backend.screen)
+    q, pool, screened = proposed, None, list[Screening]()
+    if search.asks_pool:
+        screened = screened_weights(search, steps, proposed, backend.screen)
+        q, pool = screened[-1].q, screened[-1].pool
     lam = merge_multiplier(q, context.lam_start, context.naive, context.lam_reference)
-    return _measured(backend, number, lam, backend.merge(number, q), q=q, screened=seen)
+    policy = backend.merge(number, q)
+    return _measured(search, backend, number, lam, policy, q=q, screened=screened, pool=pool)
 
 
-def _blended(steps: Sequence[Step], blend: Blend, backend: SearchBackend) -> Step:
+def _blended(search: Search, steps: Sequence[Step], blend: Blend, backend: SearchBackend) -> Step:
     number = len(steps)
     first = steps[blend.first]
     second = steps[blend.second]
@@ -231,40 +250,60 @@ def _blended(steps: Sequence[Step], blend: Blend, backend: SearchBackend) -> Ste
     )
     lam = merge_multiplier(blend.weight, second.lam, False, first.lam)
     policy = backend.blend(number, first.policy, second.policy, blend.weight)
-    return _measured(backend, number, lam, policy, blend=blend)
+    return _measured(search, backend, number, lam, policy, blend=blend)
 
 
-def _close(plan: Plan, steps: Sequence[Step], backend: SearchBackend) -> Step:
+def _close(search: Search, steps: Sequence[Step], backend: SearchBackend) -> Step:
     """The step that makes what the method returns from all steps of the search."""
     number = len(steps)
     lams = [step.lam for step in steps]
-    if plan.method.returns == "mixture":
+    if search.plan.method.returns == "mixture":
         mean = sum(lams) / number
-        return _measured(backend, number, mean, backend.mix(number, steps), closing=True)
+        policy = backend.mix(number, steps)
+        return _measured(search, backend, number, mean, policy, closing=True)
     mean = sum(tail(lams)) / len(tail(lams))
     policy = backend.train(number, mean, steps[-1])
-    return _measured(backend, number, mean, policy, trained=True, closing=True)
+    return _measured(search, backend, number, mean, policy, trained=True, closing=True)
 
 
 def _measured(
+    search: Search,
     backend: SearchBackend,
     number: int,
     lam: float,
     policy: str,
-    q: float | None = None,
-    trained: bool = False,
+    pool: PoolCost | None = None,
     **more: Any,
 ) -> Step:
-    """A step of the search: the policy, measured on its own answers, and its tilt."""
+    """A step of the search: the policy, measured on its own answers and, where the pool has a say,
+    on that, and its tilt."""
+    known: dict[str, Any] = {"q": None, "trained": False, **more}
     measured = backend.measure(number, policy)
-    return Step(number, lam, q, policy, trained, measured, tilt=backend.tilt(policy), **more)
+    if search.asks_pool:
+        pool = _believed(number, measured, pool or backend.on_pool(policy), search.params)
+    tilt = backend.tilt(policy)
+    return Step(number, lam, policy=policy, measured=measured, tilt=tilt, pool=pool, **known)
+
+
+def _believed(
+    number: int, measured: Measurement, pool: PoolCost, params: DualSearchParams
+) -> PoolCost | None:
+    """What the pool says of a step's cost, if it has a say; the log tells where it has none."""
+    said = believed(measured, pool, params.min_ess)
+    if said is None:
+        log.warning(
+            "step %d: the pool has no say in its cost: %.4g +- %.4g by %.1f effective samples a"
+            " prompt, beside %.4f +- %.4f by its own answers",
+            number, pool.cost, pool.cost_se, pool.ess, measured.cost, measured.cost_se,
+        )  # fmt: skip
+    return said
 
 
 def _log_step(step: Step, params: DualSearchParams) -> None:
     m = step.measured
     log.info(
         "step %d: lambda %.4f, cost %.4f +- %.4f (limit %g), reward %.4f, KL %.3f",
-        step.step, step.lam, m.cost, m.cost_se, params.limit, m.reward, m.kl,
+        step.step, step.lam, step.cost, step.cost_se, params.limit, m.reward, m.kl,
     )  # fmt: skip
     numbers = {name: getattr(m, name) for name in _REPORTED}
     report({"lambda": step.lam, "limit": params.limit, **numbers}, step.step, "search")

@@ -2,9 +2,11 @@
 
 A rule looks at the steps so far (multiplier, measured cost with its standard error, within-prompt
 variance) and says which multiplier, or which merge weight q, to try next, or None to stop. It
-steers to the target: the limit, or below it by the certificate margin. A merge weight is corrected
-on the cost curve that the pool shows before anything is generated. Where two policies of a search
-by Newton's rule lie on both sides of the target, merging them comes before another training."""
+steers to the target: the limit, or below it by the certificate margin. Newton's rule and merges go
+by the policy's own answers and by the pool, to which a training at its multiplier was solved. A
+merge weight is corrected on the cost curve that the pool shows before anything is generated. Where
+two policies of a search by Newton's rule lie on both sides of the target, merging them comes before
+another training."""
 
 from __future__ import annotations
 
@@ -20,13 +22,15 @@ from dualign.methods import Plan
 from dualign.params.search import DualSearchParams
 from dualign.params.search import Rule as RuleName
 from dualign.search.journal import Blend, Step
-from dualign.search.screening import Screening
+from dualign.search.screening import PoolCost, Screening
 
 #: R^2 from which a policy counts as the tilt that was fitted to it: a tenth of its variance is left
 #: out at most.
 MIN_TILT_R2 = 0.9
 #: Weights that are screened for one merge at most; each takes a forward pass over the pool.
 _SCREENINGS = 8
+#: Errors of a measurement beyond which a screening's is too large: weights of a merge differ less.
+_BLURRED = 3.0
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,12 @@ class Search:
     context: SearchContext
 
     @property
+    def asks_pool(self) -> bool:
+        """Whether the pool has a say in what a policy costs: by our rules, on the same scale."""
+        method = self.plan.method
+        return method.rule in ("newton", "merge") and method.cost == "model"
+
+    @property
     def target(self) -> float:
         """The cost that the rule steers to."""
         known = self.context.target_cost
@@ -73,7 +83,7 @@ def solved(search: Search, step: Step) -> bool:
     """Whether a step is optimal up to z standard errors: each limit is met, or kept at price 0."""
     m = step.measured
     z = search.params.z
-    if not _met(m.cost - search.target, m.cost_se, step.lam, z):
+    if not _met(step.cost - search.target, step.cost_se, step.lam, z):
         return False
     if not step.prices:
         return True
@@ -110,7 +120,7 @@ def _dual_gradient(search: Search, steps: Sequence[Step]) -> float | None:
     params = search.params
     if solved(search, last):
         return None
-    cost = last.measured.cost
+    cost = last.cost
     proposed = updates.dual_gradient_step(last.lam, cost, search.target, params.step_size)
     return min(proposed, params.lambda_max)
 
@@ -124,7 +134,7 @@ def _projected_subgradient(search: Search, steps: Sequence[Step]) -> float | Non
         return None
     proposed = updates.projected_subgradient_step(
         last.lam,
-        last.measured.cost,
+        last.cost,
         search.target,
         params.step_size,
         search.context.radius,
@@ -134,10 +144,7 @@ def _projected_subgradient(search: Search, steps: Sequence[Step]) -> float | Non
 
 
 def _newton(search: Search, steps: Sequence[Step]) -> float | None:
-    """The line through all trainings, Newton's at first. A start within noise is not corrected.
-
-    Its multiplier is that of the whole pool, which says more than the fewer prompts of one
-    measurement do."""
+    """The line through all trainings, Newton's at first. A start within noise is not corrected."""
     if solved(search, steps[-1]):
         return None
     proposed = corrections(steps, search.target, search.params.beta)
@@ -171,12 +178,12 @@ def corrections(steps: Sequence[Step], target: float, beta: float) -> Correction
     alike = [step for step in steps if step.trained] or steps
     line = updates.line_root(
         [step.lam for step in alike],
-        [step.measured.cost for step in alike],
-        [step.measured.cost_se for step in alike],
+        [step.cost for step in alike],
+        [step.cost_se for step in alike],
         slope,
         target,
     )
-    newton = updates.newton_step(last.lam, m.cost, m.variance, target, beta)
+    newton = updates.newton_step(last.lam, last.cost, m.variance, target, beta)
     return Corrections(newton, _tilt_step(last, target), line)
 
 
@@ -186,7 +193,7 @@ def jointly(step: Step, target: float, beta: float) -> list[float]:
     excess = [0.0 if k.mean is None else k.share * (k.mean - k.limit) for k in m.additional]
     found = updates.joint_newton_step(
         np.array([step.lam, *step.prices]),
-        np.array([m.cost - target, *excess]),
+        np.array([step.cost - target, *excess]),
         np.array(m.covariance),
         beta,
     )
@@ -198,7 +205,7 @@ def _tilt_step(step: Step, target: float) -> float | None:
     if tilt is None:
         return None
     m = step.measured
-    return updates.tilt_step(step.lam, tilt.beta_eff, tilt.lam_eff, m.cost, m.variance, target)
+    return updates.tilt_step(step.lam, tilt.beta_eff, tilt.lam_eff, step.cost, m.variance, target)
 
 
 def _response(tilt: Tilt | None, lam: float, beta: float) -> float:
@@ -227,7 +234,7 @@ def _merge(search: Search, steps: Sequence[Step]) -> float | None:
     if tried and solved(search, steps[-1]):
         return None
     if not begins:
-        return _merge_between(search, [(step.weight, step.measured.cost) for step in steps])
+        return _merge_between(search, [(step.weight, step.cost) for step in steps])
     lam = ends.lam_pool
     if tried:
         lam = corrections(steps, search.target, search.params.beta).newton
@@ -252,35 +259,39 @@ RULES: dict[RuleName, Rule] = {
 }
 
 
-def screened_weight(
+def screened_weights(
     search: Search, steps: Sequence[Step], proposed: float, screen: Callable[[float], Screening]
-) -> tuple[float, list[Screening]]:
-    """A proposed merge weight, corrected on the pool's cost curve while that can be trusted; and
-    what was screened.
+) -> list[Screening]:
+    """The screenings of a proposed merge weight and of its corrections on the pool's cost curve
+    while that can be trusted; the last is the one to make.
 
-    Only forward passes: secants on the screened costs, moved by what the last policy measured above
-    its own screening (the pool holds other prompts, and its answers may have been trained on),
-    until the cost is nearer to the target than a measurement can tell. A weight whose effective
-    sample size is below `min_ess` ends it: that one is measured next."""
+    Only forward passes: secants on the screened costs, moved by how far the last policy is known to
+    be above its own screening (its own answers are to other prompts), until the cost is nearer to
+    the target than a measurement can tell. A weight that the pool cannot tell the cost of (an
+    effective sample size below `min_ess`, or an error far above the measurement's) ends it: that
+    one is measured next."""
     params = search.params
     last = steps[-1]
-    known = next((seen for seen in last.screened if seen.q == last.weight), None)
-    tried = [known or screen(last.weight)]
-    shift = last.measured.cost - tried[0].cost if tried[0].ess >= params.min_ess else 0.0
-    points = [(step.weight, step.measured.cost) for step in steps]
-    near = params.z * last.measured.cost_se / 2
-    q = proposed
-    for _ in range(_SCREENINGS):
-        tried.append(screen(q))
-        cost = tried[-1].cost + shift
-        if tried[-1].ess < params.min_ess or abs(cost - search.target) <= near:
+    known = next(seen.pool for seen in last.screened if seen.q == last.weight)
+    shift = last.cost - known.cost if _tells(known, last, params) else 0.0
+    points = [(step.weight, step.cost) for step in steps]
+    near = params.z * last.cost_se / 2
+    weight: float | None = proposed
+    tried: list[Screening] = []
+    while weight is not None and len(tried) < _SCREENINGS:
+        tried.append(screen(weight))
+        seen = tried[-1].pool
+        cost = seen.cost + shift
+        if not _tells(seen, last, params) or abs(cost - search.target) <= near:
             break
-        points.append((q, cost))
-        better = _merge_between(search, points)
-        if better is None:
-            break
-        q = better
-    return q, tried
+        points.append((weight, cost))
+        weight = _merge_between(search, points)
+    return tried
+
+
+def _tells(seen: PoolCost, last: Step, params: DualSearchParams) -> bool:
+    """Whether a screening is worth anything beside a measurement."""
+    return seen.ess >= params.min_ess and seen.cost_se <= _BLURRED * last.measured.cost_se
 
 
 def blend_first(search: Search, steps: Sequence[Step]) -> Blend | None:
@@ -299,15 +310,15 @@ def next_blend(steps: Sequence[Step], target: float) -> Blend | None:
     merge has been measured."""
     own = sorted(
         (step for step in steps if step.blend is None),
-        key=lambda step: abs(step.measured.cost - target),
+        key=lambda step: abs(step.cost - target),
     )
-    first = next((step for step in own if step.measured.cost > target), None)
-    second = next((step for step in own if not step.measured.cost > target), None)
+    first = next((step for step in own if step.cost > target), None)
+    second = next((step for step in own if not step.cost > target), None)
     if first is None or second is None:
         return None
-    points = [(0.0, first.measured.cost), (1.0, second.measured.cost)]
+    points = [(0.0, first.cost), (1.0, second.cost)]
     for step in steps:
         if step.blend and (step.blend.first, step.blend.second) == (first.step, second.step):
-            points.append((step.blend.weight, step.measured.cost))
+            points.append((step.blend.weight, step.cost))
     weight = updates.next_weight(points, target, 1.0)
     return None if weight is None else Blend(first.step, second.step, weight)

@@ -32,7 +32,7 @@ def choose(search: Search, steps: Sequence[Step], stopped: str = "") -> int:
 
 
 def feasible(step: Step, params: DualSearchParams) -> bool:
-    """Whether all limits are kept by the measured means, up to z standard errors."""
+    """Whether all limits are kept by the means that are known, up to z standard errors."""
     return _keeps(step, params.limit, params.z)
 
 
@@ -43,7 +43,7 @@ def _keeps(step: Step, bound: float, z: float) -> bool:
 def _excess(step: Step, limit: float) -> float:
     """The largest excess over a limit in standard errors; without more constraints the cost."""
     if not step.measured.additional:
-        return step.measured.cost
+        return step.cost
     return max((mean - bound) / max(error, 1e-12) for mean, bound, error in _against(step, limit))
 
 
@@ -51,7 +51,7 @@ def _against(step: Step, bound: float) -> list[tuple[float, float, float]]:
     """(mean, limit, standard error) of the cost, limited by `bound`, and of known constraints."""
     m = step.measured
     additional = [(k.mean, k.limit, k.error or 0.0) for k in m.additional if k.mean is not None]
-    return [(m.cost, bound, m.cost_se), *additional]
+    return [(step.cost, bound, step.cost_se), *additional]
 
 
 def summary(search: Search, steps: Sequence[Step], stopped: str, before: int) -> SearchResult:
@@ -69,7 +69,9 @@ def summary(search: Search, steps: Sequence[Step], stopped: str, before: int) ->
         "cost_source": method.cost,
         "target": search.target,
         "steps": [_row(search, steps[: i + 1]) for i in range(len(steps))],
-        "screened": [asdict(seen) for step in steps for seen in step.screened],
+        "screened": [
+            {"q": seen.q, **asdict(seen.pool)} for step in steps for seen in step.screened
+        ],
         "chosen": chosen,
         "feasible": feasible(steps[chosen], params),
         "trainings": before + (2 if retrains else 1) * sum(step.trained for step in steps),
@@ -102,6 +104,9 @@ def _row(search: Search, steps: Sequence[Step]) -> dict[str, Any]:
         "tilt": asdict(step.tilt) if step.tilt else None,
         "prices": list(step.prices),
         "blend": asdict(step.blend) if step.blend else None,
+        "pool": asdict(step.pool) if step.pool else None,
+        "combined_cost": step.cost,
+        "combined_cost_se": step.cost_se,
     }
     del row["covariance"]
     if search.plan.method.rule == "newton" and not step.closing:

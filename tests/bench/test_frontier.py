@@ -45,7 +45,7 @@ def test_truth_is_what_a_huge_pool_predicts(world: frontier.World, lam: float) -
 def test_finite_pools_have_the_problems_mean_scores() -> None:
     world = Finite(kinds=5, answers=6)
     reward, cost = world.draw(np.random.default_rng(0), 2000, 50)
-    policy = world._problem.describe(world._problem.log_reference)
+    policy = world.problem.describe(world.problem.log_reference)
     assert float(reward.mean()) == pytest.approx(policy["reward"], abs=0.05)
     assert float(cost.mean()) == pytest.approx(policy["cost"], abs=0.05)
 

@@ -52,7 +52,7 @@ from dualign.scoring.scorers import Scorer
 from dualign.search.journal import Step
 from dualign.search.loop import Ascent
 from dualign.search.policy import Search, SearchContext
-from dualign.search.screening import Screening
+from dualign.search.screening import PoolCost, Screening
 from dualign.stage import Run
 from stages import score
 from tests.shipped import preset
@@ -128,6 +128,10 @@ class Line:
 
     def screen(self, q: float) -> Screening:
         pytest.fail("no rule of these rows asks for it")
+
+    def on_pool(self, policy: str) -> PoolCost:
+        """Nothing that is believed."""
+        return PoolCost(0.0, 1.0, 1.0)
 
     def ascend(self, step: int) -> Ascent:
         pytest.fail("no rule of these rows asks for it")

@@ -400,6 +400,8 @@ def _search(rng: np.random.Generator, policy: tuple, shift: float) -> dict[str, 
         )
     if name == "dualign":
         steps[0]["next"] = {"newton": 0.912, "tilt": 0.934, "line": 0.934}
+        pool = {"cost": -0.27, "cost_se": 0.02, "ess": 6.1}
+        steps[-1] |= {"pool": pool, "combined_cost": -0.262, "combined_cost_se": 0.018}
     weights = [1.0, 0.87, 0.91, 0.87] if name == "p_sacpo" else []
     return {
         "target": -0.21 if name == "dualign" else LIMIT,

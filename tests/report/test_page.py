@@ -492,6 +492,15 @@ def test_searches_show_the_target_the_screening_and_the_reckonings(page: Page) -
     assert "next λ by line 0.934, newton 0.912, tilt 0.934" in searches
 
 
+def test_a_search_that_asked_the_pool_shows_what_it_said(page: Page) -> None:
+    searches = page.within("class", "searches")
+    fresh = r"−0\.\d+ ± 0\.04\d* on fresh answers"
+    pool = r"−0\.27\d* ± 0\.02\d* by the pool\."
+    assert re.search(rf"Its cost is −0\.262 ± 0\.018: {fresh}, {pool}", searches)
+    assert searches.count("by the pool.") == 1, "of the five others none asked it"
+    assert "cost -0.262 ± 0.018" in searches, "the chart shows what the search went by"
+
+
 def test_nominal_effective_predicted_and_measured(run: Run) -> None:
     root, params = run
     path = root / "reports/search/mocan.json"

@@ -18,7 +18,7 @@ from dualign.params.search import DualSearchParams
 from dualign.search.journal import Step
 from dualign.search.loop import Ascent, run
 from dualign.search.policy import Search, SearchContext
-from dualign.search.screening import Screening
+from dualign.search.screening import PoolCost, Screening
 
 ROOT = Path(__file__).resolve().parents[2]
 BETA, LIMIT = 1.5, -0.3
@@ -71,6 +71,7 @@ class Curve:
         self.folder, self.lam_start, self.se, self.bias = folder, lam_start, se, bias
         self.ess, self.reach = ess, reach
         self.screened: list[float] = []
+        self.asked_pool: list[str] = []
         self.trained: list[tuple[int, float, str]] = []
         self.merged: list[float] = []
         self.blended: list[tuple[str, str, float]] = []
@@ -111,7 +112,16 @@ class Curve:
         larger weights.
         """
         self.screened.append(q)
-        return Screening(q, self._cost(q * self.lam_start) - self.bias, 0.02, self.ess * (1.5 - q))
+        return Screening(q, self._seen(q * self.lam_start))
+
+    def on_pool(self, policy: str) -> PoolCost:
+        """As `screen` of the weight that the policy stands for."""
+        self.asked_pool.append(policy)
+        return self._seen(self.reach * float((Path(policy) / "lam").read_text()))
+
+    def _seen(self, lam: float) -> PoolCost:
+        q = lam / self.lam_start if self.lam_start else 1.0
+        return PoolCost(self._cost(lam) - self.bias, 0.02, self.ess * (1.5 - q))
 
     def tilt(self, policy: str) -> Tilt:
         """A training reaches `reach` times what it was told."""

@@ -69,10 +69,9 @@ def test_a_merge_is_screened_on_the_pool_without_an_answer(
     )
     cost = by_prompt(read_table(inputs.scored / "pool.parquet", POOL), "cost")
     assert seen.q == 0.3
-    assert (seen.cost, seen.cost_se, seen.ess) == pytest.approx(
-        off_policy_cost(ratio, cost), rel=1e-3
-    )
-    assert bench.screen(0.3) == seen and bench.screen(0.6).cost != seen.cost
+    assert asdict(seen.pool) == pytest.approx(asdict(off_policy_cost(ratio, cost)), rel=1e-3)
+    assert bench.screen(0.3) == seen and bench.screen(0.6).pool.cost != seen.pool.cost
+    assert asdict(bench.on_pool(bench.merge(1, 0.3))) == pytest.approx(asdict(seen.pool), rel=1e-6)
 
 
 def known(tilt: Tilt) -> dict[str, float]:
@@ -98,6 +97,10 @@ def test_a_policys_tilt_is_read_off_the_first_samples(
         ratio, *(by_prompt(pool, name) for name in ("reward", "cost", "length"))
     )
     assert known(bench.tilt(bench.start)) == pytest.approx(known(expected), rel=1e-3, abs=1e-6)
+    bench.on_pool(bench.start)  # its log-ratios are those of the tilt
+    monkeypatch.delattr(backend, "log_ratios")
+    assert known(bench.tilt(bench.start)) == pytest.approx(known(expected), rel=1e-3, abs=1e-6)
+    monkeypatch.undo()
     monkeypatch.setattr(backend, "TILT_SAMPLES", 2)
     two = [by_prompt(pool, name)[:, :2] for name in ("reward", "cost", "length")]
     assert known(bench.tilt(bench.start)) == pytest.approx(

@@ -17,7 +17,7 @@ from dualign.params.search import DualSearchParams
 from dualign.search.journal import Blend, record, restore
 from dualign.search.loop import run
 from dualign.search.policy import Search, SearchContext
-from dualign.search.screening import Screening
+from dualign.search.screening import PoolCost, Screening
 from dualign.search.summary import feasible
 from tests.search.curves import (
     HISTORY,
@@ -200,9 +200,10 @@ def test_a_journal_that_is_read_and_written_again_is_the_same_bytes(tmp_path: Pa
         ),
         history=HISTORY,
         tilt=tilted(0.4),
-        screened=[Screening(0.25, -0.1, 0.02, 3.0)],
+        screened=[Screening(0.25, PoolCost(-0.1, 0.02, 3.0))],
         prices=(0.1,),
         blend=Blend(0, 1, 0.5),
+        pool=PoolCost(-0.15, 0.01, 4.0),
     )
     steps = record(tmp_path, [full, replace(full, step=2, tilt=None, blend=None, history=[])])
     before = (tmp_path / "steps.json").read_bytes()

@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 
 from dualign.core.records import as_row
+from dualign.evaluation.stats import ConstraintEstimate
 from dualign.math.updates import line_root, newton_step, secant_step, tilt_step
 from dualign.methods import METHODS, Plan
 from dualign.params.search import DualSearchParams, OnlineParams
 from dualign.search.journal import Blend, Step
 from dualign.search.loop import run
-from dualign.search.policy import RULES, Search, SearchContext, next_blend
+from dualign.search.policy import RULES, Search, SearchContext, jointly, next_blend
+from dualign.search.screening import PoolCost
 from dualign.search.summary import summary
 from tests.search.curves import (
     BETA,
@@ -310,7 +312,7 @@ def test_screening_saves_measurements(
     result = summary(
         Search(by_rule("merge"), exact, SearchContext(0.4, 4.0)), fewer, stopped, before=2
     )
-    assert [seen.q for seen in result.screened] == seeing.screened
+    assert [seen.q for seen in result.screened] == [1.0, *seeing.screened]
     assert (
         set(type(result.screened[0]).model_fields) == {"q", "cost", "cost_se", "ess"}
         and result.screened[0].q == 1.0
@@ -324,7 +326,8 @@ def test_a_weight_that_few_samples_speak_for_is_measured_unscreened(
     plain, _ = go("merge", blind, params, tmp_path / "a", lam_pool=1.2)
     steps, _ = go("merge", doubting, params, tmp_path / "b", lam_pool=1.2)
     assert [s.q for s in steps] == [s.q for s in plain]
-    assert all(seen.ess < params.min_ess for s in steps for seen in s.screened)
+    assert all(seen.pool.ess < params.min_ess for s in steps for seen in s.screened)
+    assert all(s.pool is None for s in steps)
 
 
 def test_screening_stops_where_the_samples_end(params: DualSearchParams, tmp_path: Path) -> None:
@@ -333,14 +336,65 @@ def test_screening_stops_where_the_samples_end(params: DualSearchParams, tmp_pat
     """
     bench = Curve(tmp_path / "b", lam_start=2.0, ess=100.0)
     steps, stopped = go("merge", bench, params, tmp_path / "s", lam_pool=0.4)
-    assert bench.screened[:2] == [1.0, pytest.approx(0.2)]
-    trusted = [seen for seen in steps[1].screened if seen.ess >= params.min_ess]
+    assert bench.screened[0] == pytest.approx(0.2)
+    trusted = [seen for seen in steps[1].screened if seen.pool.ess >= params.min_ess]
     assert (
         trusted
         and steps[1].q == steps[1].screened[-1].q
-        and steps[1].screened[-1].ess < params.min_ess
+        and steps[1].screened[-1].pool.ess < params.min_ess
     )
     assert stopped == "cost within noise of the limit"
+
+
+@pytest.mark.parametrize("rule", ["merge", "newton"])
+def test_the_pool_has_a_say_in_what_a_policy_costs(
+    rule: str, params: DualSearchParams, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A start at the limit whose own answers err by more than the search takes for noise; the pool
+    knows it better, and only while it speaks for the policy.
+    """
+    exact = params.model_copy(update={"z": 0.5})
+    knowing, ignorant = (
+        Curve(tmp_path / f"{ess}", lam_start=ROOT_LAM, se=0.05, bias=0.03, ess=ess)
+        for ess in (1000.0, 0.0)
+    )
+    steps, stopped = go(rule, knowing, exact, tmp_path / "a", lam_pool=ROOT_LAM)
+    assert len(steps) == 1 and stopped == "cost within noise of the limit"
+    assert knowing.asked_pool == [knowing.start]
+    assert steps[0].measured.cost == pytest.approx(LIMIT + 0.03)
+    assert steps[0].cost == pytest.approx(LIMIT + 0.03 * 0.05**-2 / (0.05**-2 + 0.02**-2))
+    assert "no say" not in caplog.text
+    others, _ = go(rule, ignorant, exact, tmp_path / "b", lam_pool=ROOT_LAM)
+    assert "step 0: the pool has no say in its cost: -0.3 +- 0.02 by 0.0" in caplog.text
+    assert len(others) > 1 and others[0].cost == others[0].measured.cost
+    found = summary(
+        Search(by_rule(rule), exact, SearchContext(ROOT_LAM, ROOT_LAM)), steps, stopped, before=1
+    ).steps[0]
+    assert found.pool is not None and found.pool.cost == pytest.approx(LIMIT)
+    assert (found.combined_cost, found.combined_cost_se) == (steps[0].cost, steps[0].cost_se)
+    assert found.cost == pytest.approx(LIMIT + 0.03) and found.cost_se == 0.05
+
+
+@pytest.mark.parametrize("rule", sorted(set(RULES) - {"merge", "newton"}))
+def test_published_rules_go_by_own_answers_alone(
+    rule: str, params: DualSearchParams, tmp_path: Path
+) -> None:
+    bench = Curve(tmp_path / "b", lam_start=1.0, ess=1000.0)
+    steps, _ = go(rule, bench, params, tmp_path / "s")
+    assert not bench.asked_pool and all(s.pool is None for s in steps)
+
+
+def test_an_additional_constraint_is_steered_with_the_combined_cost(
+    params: DualSearchParams,
+) -> None:
+    """One Newton step for all prices, from where pool and own answers put the cost."""
+    covariance = ((0.5, 0.1), (0.1, 0.2))
+    own = replace(measured(LIMIT + 0.03, se=0.05), covariance=covariance)
+    limits = (ConstraintEstimate("rare", 0.1, 1.0, 0.1, 0.01),)
+    last = replace(step(1, 1.0, 0.0), measured=replace(own, additional=limits), prices=(0.5,))
+    both = replace(last, pool=PoolCost(LIMIT, 0.02, 9.0))
+    moves = [jointly(each, LIMIT, BETA)[0] - 1.0 for each in (last, both)]
+    assert moves[1] == pytest.approx(moves[0] * 0.05**-2 / (0.05**-2 + 0.02**-2), rel=1e-6)
 
 
 def test_labels_are_not_screened(params: DualSearchParams, tmp_path: Path) -> None:
@@ -348,7 +402,7 @@ def test_labels_are_not_screened(params: DualSearchParams, tmp_path: Path) -> No
     (tmp_path / "s").mkdir()
     plan = Plan("row", replace(METHODS["p_sacpo"], cost="feedback"), "start", "reference")
     run(Search(plan, params, SearchContext(1.2, 3.0)), bench.start, bench, tmp_path / "s")
-    assert bench.merged and not bench.screened
+    assert bench.merged and not bench.screened and not bench.asked_pool
 
 
 def test_a_merge_between_two_multipliers_keeps_its_books(

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from dualign.search.screening import off_policy_cost
+from dualign.math.dual.tilt import predict
+from dualign.search.screening import PoolCost, believed, off_policy_cost
+from tests.search.curves import measured, step
 
 Array = np.ndarray
 ANSWERS = 12
@@ -27,30 +32,42 @@ def sampled(reference: Array, count: int, rng: np.random.Generator) -> Array:
     return np.array([rng.choice(ANSWERS, size=count, p=np.exp(row)) for row in reference])
 
 
+def drawn_costs(
+    count: int, rng: np.random.Generator, known: tuple[Array, Array, Array]
+) -> tuple[Array, Array]:
+    """Log-ratios and costs of `count` samples a prompt of a world."""
+    reference, policy, cost = known
+    drawn = sampled(reference, count, rng)
+    return (
+        np.take_along_axis(policy - reference, drawn, 1),
+        np.take_along_axis(cost, drawn, 1),
+    )
+
+
 def test_it_is_the_expectation_where_every_answer_is_a_sample() -> None:
     """A uniform reference, each of its answers once: the weights are then the policy itself."""
     _, policy, cost = world(20)
-    mean, error, ess = off_policy_cost(policy + np.log(ANSWERS), cost)
+    found = off_policy_cost(policy + np.log(ANSWERS), cost)
     each = (np.exp(policy) * cost).sum(1)
-    assert (mean, error) == pytest.approx((each.mean(), each.std(ddof=1) / np.sqrt(20)))
-    assert ess == pytest.approx(np.median(1 / (np.exp(policy) ** 2).sum(1)))
+    assert found.cost == pytest.approx(each.mean())
+    assert found.cost_se == pytest.approx(each.std(ddof=1) / np.sqrt(20))
+    assert found.ess == pytest.approx(np.median(1 / (np.exp(policy) ** 2).sum(1)))
 
 
-def test_its_bias_goes_away_with_more_samples_of_a_prompt() -> None:
-    reference, policy, cost = world(2000)
-    true = float((np.exp(policy) * cost).sum(1).mean())
-    plain = float((np.exp(reference) * cost).sum(1).mean())
-    rng, gaps = np.random.default_rng(1), []
-    for count in (2, 8, 64):
-        drawn = sampled(reference, count, rng)
-        gaps.append(
-            off_policy_cost(*(np.take_along_axis(v, drawn, 1) for v in (policy - reference, cost)))[
-                0
-            ]
-            - true
-        )
-    assert abs(gaps[2]) < 0.02 < 0.2 < plain - true
-    assert 0 < gaps[1] < gaps[0] < plain - true  # towards the reference
+@pytest.mark.parametrize("count", [1, 2, 8])
+def test_few_samples_of_a_prompt_do_not_bias_it(count: int) -> None:
+    """Weights that are normalised within a prompt pull it towards the reference's cost."""
+    known = world(400)
+    true = float((np.exp(known[1]) * known[2]).sum(1).mean())
+    rng = np.random.default_rng(1)
+    draws = [drawn_costs(count, rng, known) for _ in range(200)]
+    gaps = [off_policy_cost(*each).cost - true for each in draws]
+    within = [
+        predict(ratio, np.zeros_like(cost), 0.0, 1.0, cost).mean() - true for ratio, cost in draws
+    ]
+    error = np.std(gaps) / math.sqrt(len(gaps))
+    assert abs(np.mean(gaps)) < 3 * error < 0.015
+    assert np.mean(within) > 0.03
 
 
 def test_the_error_is_the_spread_over_prompts() -> None:
@@ -58,31 +75,57 @@ def test_the_error_is_the_spread_over_prompts() -> None:
     rng, found = np.random.default_rng(2), []
     for seed in range(400):
         reference, policy, cost = world(60, seed=seed + 10)
-        cost = cost + rng.normal(size=(60, 1))
-        drawn = sampled(reference, 4, rng)
-        found.append(
-            off_policy_cost(*(np.take_along_axis(v, drawn, 1) for v in (policy - reference, cost)))
-        )
-    estimates, errors, _ = np.array(found).T
-    assert errors.mean() == pytest.approx(estimates.std(), rel=0.12)
+        known = (reference, policy, cost + rng.normal(size=(60, 1)))
+        found.append(off_policy_cost(*drawn_costs(4, rng, known)))
+    errors = np.array([each.cost_se for each in found])
+    assert errors.mean() == pytest.approx(np.std([each.cost for each in found]), rel=0.12)
 
 
 def test_the_reference_itself_has_plain_means() -> None:
     cost = np.random.default_rng(3).normal(size=(9, 5))
-    mean, error, ess = off_policy_cost(np.zeros_like(cost), cost)
-    assert mean == pytest.approx(cost.mean()) and ess == pytest.approx(5)
-    assert error == pytest.approx(cost.mean(1).std(ddof=1) / 3)
+    found = off_policy_cost(np.zeros_like(cost), cost)
+    assert found.cost == pytest.approx(cost.mean()) and found.ess == pytest.approx(5)
+    assert found.cost_se == pytest.approx(cost.mean(1).std(ddof=1) / 3)
 
 
-def test_one_odd_answer_moves_its_prompt_alone() -> None:
+def test_an_odd_answer_moves_it_no_further_than_its_error() -> None:
     rng = np.random.default_rng(4)
     ratio, cost = rng.normal(size=(2, 50, 4))
-    odd = ratio.copy()
-    odd[7, 2] += 900.0  # no overflow either
-    before, after = off_policy_cost(ratio, cost), off_policy_cost(odd, cost)
-    assert abs(after[0] - before[0]) <= np.ptp(cost[7]) / 50 and after[2] == pytest.approx(
-        before[2], rel=0.1
-    )
-    assert off_policy_cost(ratio + rng.normal(size=(50, 1)), cost) == pytest.approx(
-        before
-    )  # log Z(x) cancels
+    before = off_policy_cost(ratio, cost)
+    for raised in (3.0, 5.0, 9.0, 900.0):  # no overflow either
+        odd = ratio.copy()
+        odd[7, 2] += raised
+        after = off_policy_cost(odd, cost)
+        assert after.ess == pytest.approx(before.ess, rel=0.1)
+        assert abs(after.cost - before.cost) < 1.5 * after.cost_se
+
+
+# --- beside a policy's own answers ----------------------------------------------------------------
+
+OWN = measured(-0.30, se=0.04)
+
+
+def test_pool_and_own_answers_weigh_by_their_precision() -> None:
+    """The error of the mean of many such pairs is what it says."""
+    pool = PoolCost(-0.40, 0.02, 6.0)
+    assert believed(OWN, pool, min_ess=4.0) is pool
+    both = replace(step(0, 1.0, -0.3), measured=OWN, pool=pool)
+    assert both.cost == pytest.approx((-0.30 / 0.04**2 - 0.40 / 0.02**2) / (0.04**-2 + 0.02**-2))
+    rng = np.random.default_rng(5)
+    drawn = []
+    for own, seen in rng.normal(-0.3, [0.04, 0.02], size=(4000, 2)):
+        known = replace(both, measured=measured(own, se=0.04), pool=replace(pool, cost=seen))
+        drawn.append(known.cost)
+    assert both.cost_se == pytest.approx(np.std(drawn), rel=0.05)
+    assert replace(both, pool=None).cost == -0.30 and replace(both, pool=None).cost_se == 0.04
+
+
+def test_a_pool_is_not_believed_that_has_little_to_say() -> None:
+    assert believed(OWN, PoolCost(-0.40, 0.02, 3.9), min_ess=4.0) is None
+    assert believed(OWN, PoolCost(-0.40, math.inf, 6.0), min_ess=4.0) is None
+
+
+def test_a_pool_that_contradicts_own_answers_is_not_believed() -> None:
+    """Three errors of their difference, 0.134."""
+    assert believed(OWN, PoolCost(-0.43, 0.02, 6.0), min_ess=4.0) is not None
+    assert believed(OWN, PoolCost(-0.44, 0.02, 6.0), min_ess=4.0) is None
