@@ -21,8 +21,8 @@ from dualign.search.screening import PoolCost, Screening, believed
 
 log = logging.getLogger(__name__)
 
-#: What trackers are told of every step's policy, beside its multiplier.
-_REPORTED = ("cost", "cost_se", "reward", "kl", "generated_tokens")
+#: What trackers are told of every step's policy, beside its multiplier and cost.
+_REPORTED = ("reward", "kl", "generated_tokens")
 
 
 @dataclass(frozen=True)
@@ -195,13 +195,12 @@ def _unaffordable(search: Search, steps: Sequence[Step], trains: bool) -> bool:
 def _first(search: Search, start: str, backend: SearchBackend) -> Step:
     """The start; by a merge rule it is the merge of weight 1, so that its screening is one."""
     context = search.context
-    screened = []
+    known: dict[str, Any] = {"prices": context.prices}
     pool = None
     if search.asks_pool and search.plan.method.rule == "merge":
         pool = backend.on_pool(start)
-        screened = [Screening(1.0, pool)]
-    more = {"prices": context.prices, "screened": screened}
-    return _measured(search, backend, 0, context.lam_start, start, pool, **more)
+        known["screened"] = [Screening(1.0, pool)]
+    return _measured(search, backend, 0, context.lam_start, start, pool, **known)
 
 
 def _advance(
@@ -306,4 +305,5 @@ def _log_step(step: Step, params: DualSearchParams) -> None:
         step.step, step.lam, step.cost, step.cost_se, params.limit, m.reward, m.kl,
     )  # fmt: skip
     numbers = {name: getattr(m, name) for name in _REPORTED}
-    report({"lambda": step.lam, "limit": params.limit, **numbers}, step.step, "search")
+    known = {"lambda": step.lam, "limit": params.limit, "cost": step.cost, "cost_se": step.cost_se}
+    report({**known, **numbers}, step.step, "search")

@@ -189,17 +189,21 @@ class Reckoner:
         return Work((trained,) * row.get("soup", 1))
 
     def _search(self, run: str) -> Work:
-        """Every policy is measured on its own answers, and read on the pool."""
+        """Every policy is measured on its own answers, and read on the pool: on all of it where its
+        cost there has a say."""
         section = self._params["dual_search"]
         row = self._params["methods"][run]
         method = row.get("method") or run
-        trainings, merges = steps_of(row.get("rule") or RULES[method], section)
+        rule = row.get("rule") or RULES[method]
+        trainings, merges = steps_of(rule, section)
         measures = 1 + trainings + merges
         pool = self._pool()
         prompts = self._params["prepare"]["pool_prompts"]
         own = self._drawn(section["prompts"], section["samples_per_prompt"], reads=2)
-        tilt = self._read(prompts * TILT_SAMPLES, pool.prompt, pool.answer)
-        pieces = [*own, tilt] * measures
+        asks_pool = rule in ("newton", "merge") and row.get("cost") != "feedback"
+        samples = self._params["score"]["samples_per_prompt"] if asks_pool else TILT_SAMPLES
+        seen = self._read(prompts * samples, pool.prompt, pool.answer)
+        pieces = [*own, seen] * measures
         if merges and method in ("p_sacpo", "dualign"):
             screened = SCREENINGS * merges * 2.0 * _known(pool.rows, run)
             pieces.append(self._read(screened, pool.prompt, pool.answer))

@@ -101,6 +101,19 @@ def test_a_search_takes_at_most_what_its_rule_allows(params: dict[str, Any]) -> 
     assert reckoner.work("dual_search@mocan").at_most
 
 
+@pytest.mark.parametrize(
+    ("rule", "cost", "samples"),
+    [("newton", None, 24), ("merge", "model", 24), ("newton", "feedback", 4), ("grid", None, 4)],
+)
+def test_a_policy_is_read_on_all_of_the_pool_where_that_has_a_say(
+    rule: str, cost: str | None, samples: int, params: dict[str, Any]
+) -> None:
+    params["methods"]["dualign"] |= {"rule": rule, "cost": cost}
+    pieces = Reckoner(params, TABLES).work("dual_search@dualign").pieces
+    read = [piece.rows for piece in pieces if piece.kind == "read"]
+    assert 1200 * samples in read
+
+
 def test_lora_and_micro_batches(params: dict[str, Any]) -> None:
     params["lora"]["rank"] = 8
     params["resources"]["micro_batch_size"] = 4
