@@ -273,6 +273,8 @@ class PoolCostRow(Record):
     cost: float | None
     cost_se: float | None
     ess: float | None
+    mass: float | None = None
+    mass_se: float | None = None
 
 
 class ScreenedRow(PoolCostRow):

@@ -292,8 +292,9 @@ def _believed(
     if said is None:
         log.warning(
             "step %d: the pool has no say in its cost: %.4g +- %.4g by %.1f effective samples a"
-            " prompt, beside %.4f +- %.4f by its own answers",
-            number, pool.cost, pool.cost_se, pool.ess, measured.cost, measured.cost_se,
+            " prompt that have %.4g +- %.4g of its mass, beside %.4f +- %.4f by its own answers",
+            number, pool.cost, pool.cost_se, pool.ess, pool.mass, pool.mass_se,
+            measured.cost, measured.cost_se,
         )  # fmt: skip
     return said
 

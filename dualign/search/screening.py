@@ -11,7 +11,7 @@ from dualign.evaluation.stats import Measurement, mean_of
 
 Array = np.ndarray
 
-#: Standard errors of their difference by which pool and own answers may disagree by chance.
+#: Standard errors by which pool and own answers, or a mass and 1, may differ by chance.
 _AGREEING = 3.0
 #: Nats; a log-ratio beyond it leaves nothing but its own error, and would overflow soon.
 _LARGEST = 50.0
@@ -19,11 +19,16 @@ _LARGEST = 50.0
 
 @dataclass(frozen=True)
 class PoolCost:
-    """A policy's cost as the pool sees it, and a prompt's median effective sample size."""
+    """A policy's cost as the pool sees it.
+
+    `ess` is a prompt's median effective sample size, `mass` the mean of pi / pi_ref: 1, where the
+    pool has all that the policy says; both errors are clustered by prompt."""
 
     cost: float
     cost_se: float
     ess: float
+    mass: float = 1.0
+    mass_se: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -50,16 +55,20 @@ def off_policy_cost(log_ratio: Array, cost: Array) -> PoolCost:
     weight = np.exp(np.minimum(log_ratio, _LARGEST))
     found = mean_of((weight * (cost - centre)).mean(1))
     ess = float(np.median(1 / (within**2).sum(1)))
-    return PoolCost(centre + found.mean, found.error, ess)
+    mass = mean_of(weight.mean(1))
+    return PoolCost(centre + found.mean, found.error, ess, mass.mean, mass.error)
 
 
 def believed(own: Measurement, pool: PoolCost, min_ess: float) -> PoolCost | None:
     """What the pool says of a policy's cost; None where that is not to be put beside its own
     answers.
 
-    That is where few reference samples speak for it, or where both differ by more than chance: the
-    policy has learned the pool's answers by heart, or the pool's prompts are of another kind."""
+    That is where few reference samples speak for it; where its mass on them is not 1 up to chance,
+    since it says what the reference hardly ever does, or has learned them by heart; or where both
+    differ by more than chance, as the pool's prompts are of another kind."""
     if pool.ess < min_ess or not np.isfinite(pool.cost_se):
+        return None
+    if abs(pool.mass - 1) > _AGREEING * pool.mass_se:
         return None
     error = float(np.hypot(own.cost_se, pool.cost_se))
     return pool if abs(own.cost - pool.cost) <= _AGREEING * error else None

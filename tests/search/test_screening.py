@@ -125,6 +125,24 @@ def test_a_pool_is_not_believed_that_has_little_to_say() -> None:
     assert believed(OWN, PoolCost(-0.40, math.inf, 6.0), min_ess=4.0) is None
 
 
+def test_a_pool_without_a_part_of_what_the_policy_says_is_not_believed() -> None:
+    """A twentieth of the policy's mass is on an answer that the reference gives once in 10^6: no
+    sample has it, so its cost is not in the estimate, and no error tells. Nor where the weights are
+    above 1 by more than chance: those answers were learned by heart.
+    """
+    rng = np.random.default_rng(6)
+    reference, policy, cost = world(500)
+    shown = policy + np.log(0.95)
+    found = off_policy_cost(*drawn_costs(8, rng, (reference, shown, cost)))
+    assert found.mass == pytest.approx(0.95, abs=3 * found.mass_se)
+    own = measured(found.cost, se=0.02)
+    assert believed(own, found, min_ess=1.0) is None
+    whole = off_policy_cost(*drawn_costs(8, rng, (reference, policy, cost)))
+    assert believed(own, whole, min_ess=1.0) is whole
+    heart = replace(whole, mass=1.2, mass_se=0.05)
+    assert believed(own, heart, min_ess=1.0) is None
+
+
 def test_a_pool_that_contradicts_own_answers_is_not_believed() -> None:
     """Three errors of their difference, 0.134."""
     assert believed(OWN, PoolCost(-0.43, 0.02, 6.0), min_ess=4.0) is not None
