@@ -290,7 +290,7 @@ def _believed(
     """What the pool says of a step's cost, if it has a say; the log tells where it has none."""
     said = believed(measured, pool, params.min_ess)
     if said is None:
-        log.warning(
+        log.info(
             "step %d: the pool has no say in its cost: %.4g +- %.4g by %.1f effective samples a"
             " prompt that have %.4g +- %.4g of its mass, beside %.4f +- %.4f by its own answers",
             number, pool.cost, pool.cost_se, pool.ess, pool.mass, pool.mass_se,
