@@ -353,6 +353,7 @@ def test_the_pool_has_a_say_in_what_a_policy_costs(
     """A start at the limit whose own answers err by more than the search takes for noise; the pool
     knows it better, and only while it speaks for the policy.
     """
+    caplog.set_level("INFO")
     exact = params.model_copy(update={"z": 0.5})
     knowing, ignorant = (
         Curve(tmp_path / f"{ess}", lam_start=ROOT_LAM, se=0.05, bias=0.03, ess=ess)
@@ -364,7 +365,6 @@ def test_the_pool_has_a_say_in_what_a_policy_costs(
     assert steps[0].measured.cost == pytest.approx(LIMIT + 0.03)
     assert steps[0].cost == pytest.approx(LIMIT + 0.03 * 0.05**-2 / (0.05**-2 + 0.02**-2))
     assert "no say" not in caplog.text
-    caplog.set_level("INFO")
     others, _ = go(rule, ignorant, exact, tmp_path / "b", lam_pool=ROOT_LAM)
     assert "step 0: the pool has no say in its cost: -0.3 +- 0.02 by 0.0" in caplog.text
     assert len(others) > 1 and others[0].cost == others[0].measured.cost
