@@ -15,10 +15,14 @@ import pandas as pd
 # scipy.stats has these too, and takes ten times as long to import.
 from scipy.special import ndtr, stdtrit
 
+from dualign.math.spread import past_student, tail_of
+
 Array = np.ndarray
 
 #: Standard errors below this share of the largest value are the rounding of equal ones, as 2/3.
 _ROUNDING = 1e-12
+#: See `likely_tail`.
+_TAIL_INFLATION = 3.0
 #: No measurement is taken to be more exact, in its own units.
 _EXACT = 1e-6
 
@@ -78,7 +82,7 @@ class Measurement:
 
 
 def clustered_mean(values: Array, clusters: Array, confidence: float = 0.95) -> Estimate:
-    """Mean over clusters of the cluster means, with a Student-t interval on them.
+    """Mean over clusters of the cluster means, with the interval of `mean_of` on them.
 
     `values` and `clusters` have shape [answers]; every prompt weighs the same, however many answers
     it has. With one cluster the error is infinite."""
@@ -119,13 +123,19 @@ def share_of(mean: float, error: float, count: int, confidence: float = 0.95) ->
     return Estimate(mean, error, max(0.0, centre - half), min(1.0, centre + half))
 
 
-def mean_of(values: Sequence[float] | Array, confidence: float = 0.95) -> Estimate:
-    """Mean of independent values, such as differences by prompt, with a Student-t interval.
+def mean_of(
+    values: Sequence[float] | Array, confidence: float = 0.95, *, tails: bool = True
+) -> Estimate:
+    """Mean of independent values, such as differences by prompt, with an interval of Student's t.
 
-    Equal values have no spread to go by: their error is 0, and the ends are infinite.
+    On the side of a long tail it ends `past_student`, since values that happen to miss the tail
+    have too small a spread as well; never inside Student's. Without `tails` it is Student's on both
+    sides. Equal values have no spread to go by: their error is 0, and the ends are infinite.
 
-    >>> mean_of([1.0, 2.0, 3.0]).mean
-    2.0
+    >>> skewed = [0.0, 0.0, 0.0, 4.0]
+    >>> plain = mean_of(skewed, tails=False)
+    >>> mean_of(skewed).low == plain.low, mean_of(skewed).high > plain.high
+    (True, True)
     """
     means = np.asarray(values, dtype=float)
     count = len(means)
@@ -135,8 +145,21 @@ def mean_of(values: Sequence[float] | Array, confidence: float = 0.95) -> Estima
     error = float(means.std(ddof=1) / np.sqrt(count))
     if error <= _ROUNDING * float(np.abs(means).max()):
         return Estimate(mean, error, float("-inf"), float("inf"))
-    reach = float(stdtrit(count - 1, 0.5 + confidence / 2)) * error
-    return Estimate(mean, error, mean - reach, mean + reach)
+    t = float(stdtrit(count - 1, 0.5 + confidence / 2))
+    past = past_student(t, likely_tail(means)) if tails else 0.0
+    below = (t + max(-past, 0.0)) * error
+    above = (t + max(past, 0.0)) * error
+    return Estimate(mean, error, mean - below, mean + above)
+
+
+def likely_tail(values: Array) -> float:
+    """`tail_of` values about their mean, 1 + 3 / sqrt(N)-fold, since few show less of a tail than
+    there is.
+
+    The constant is found by simulation: with it all intervals of two policies in `bench.paired`
+    hold the truth in 93 to 97 % of repeats, with 0 those of skewed costs on 30 prompts do not."""
+    inflation = 1 + _TAIL_INFLATION / len(values) ** 0.5
+    return inflation * float(tail_of(values - values.mean()))
 
 
 def combined(first: tuple[float, float], second: tuple[float, float]) -> tuple[float, float]:

@@ -17,6 +17,7 @@ from scipy.stats import norm
 from scipy.stats import t as student
 
 from dualign.core.errors import DataError, ParamsError
+from dualign.math.spread import past_student, tail_of
 
 Array = np.ndarray
 Method = Literal["clustered_t", "empirical_bernstein", "betting", "star_bets", "clopper_pearson"]
@@ -45,13 +46,10 @@ def t_bound(means: Array, delta: float) -> Array:
     """mean + (t + k a (1 + 2 t^2) / 6) s / sqrt(N) of per-prompt means [..., N], t = t_{1-delta,
     N-1}.
 
-    With g the sample's skewness, a = max(g, 0) / sqrt(N): the statistic of Johnson (Journal of the
-    American Statistical Association 73, 1978, 536-544), solved for the mean to first order, which
-    inverts the Edgeworth expansion of the studentised mean (Hall, Annals of Statistics 11, 1983,
-    569-576). Without it a long upper tail makes a t bound err more often than delta: a sample
-    without the tail has too small a mean and too small an s. k = 1 + 19 / sqrt(N) makes up for the
-    skewness that few prompts do not show. The bound is never below the t bound, and is it where
-    g <= 0.
+    With g the sample's skewness, a = max(g, 0) / sqrt(N): Johnson's term (1978, `past_student`).
+    Without it a long upper tail makes a t bound err more often than delta: a sample without the
+    tail has too small a mean and too small an s. k = 1 + 19 / sqrt(N) makes up for the skewness
+    that few prompts do not show. The bound is never below the t bound, and is it where g <= 0.
 
     Nominal in the limit of many prompts. At delta 0.05, with 50, 200 or 1000 prompts and tails up
     to the log-normal or 2 % of answers that cause all the harm, it errs 5.5 % at most, where t
@@ -74,18 +72,13 @@ def t_bound(means: Array, delta: float) -> Array:
 
 
 def _skewed_quantile(shares: Array, t: float, count: int) -> Array:
-    """t + k a (1 + 2 t^2) / 6 with a = max(0, sum p^3 / (sum p^2)^1.5), k = 1 + 19 / sqrt(count):
-    at least t.
+    """t + k a (1 + 2 t^2) / 6 with a = max(0, `tail_of` the shares), k = 1 + 19 / sqrt(count): at
+    least t.
 
-    `shares` [..., prompts] are what each adds to the error of an estimate, in any unit; of a mean,
-    a is the sample's skewness over sqrt(N). `count` prompts (with labels, where it is these that
-    are few) show the tail."""
-    squares = (shares**2).sum(-1)
-    skewness = np.maximum((shares**3).sum(-1), 0) / np.where(squares > 0, squares, 1) ** 1.5
+    `count` prompts (with labels, where it is these that are few) show the tail."""
     inflation = 1 + SKEWNESS_INFLATION / math.sqrt(count)
     with np.errstate(invalid="ignore"):  # t is infinite for a delta next to nothing
-        quantile: Array = t + inflation * skewness * (1 + 2 * t**2) / 6
-    return quantile
+        return t + past_student(t, inflation * np.maximum(tail_of(shares), 0))
 
 
 def bernstein_bound(means: Array, delta: float, bounds: Bounds) -> Array:

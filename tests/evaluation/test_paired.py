@@ -37,16 +37,18 @@ def scores(seed: int = 0, prompts: int = 30, samples: int = 2) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def test_differences_are_the_paired_t_test_of_prompt_means() -> None:
+def test_differences_are_those_of_prompt_means_past_the_paired_t_test() -> None:
     rows = scores()
     table = differences(rows, "cost")
     assert tuple(table.columns) == DIFFERENCES and len(table) == 3
     means = rows.pivot_table(index="prompt_id", columns="policy", values="cost", aggfunc="mean")
     for row in table.itertuples():
-        expected = stats.ttest_rel(means[row.first], means[row.second])
-        low, high = expected.confidence_interval(0.95)
-        assert row.p_value == pytest.approx(expected.pvalue)
-        assert (row.low, row.high) == pytest.approx((low, high))
+        expected = mean_of(means[row.first] - means[row.second])
+        students = stats.ttest_rel(means[row.first], means[row.second])
+        low, high = students.confidence_interval(0.95)
+        assert (row.low, row.high) == pytest.approx((expected.low, expected.high))
+        assert row.low <= low + 1e-12 and row.high >= high - 1e-12
+        assert row.p_value >= students.pvalue * (1 - 1e-9)
         assert row.prompts == 30
     assert table["p_holm"].to_numpy() == pytest.approx(holm(table["p_value"]))
 
@@ -104,16 +106,29 @@ def test_pairs_without_scores_are_named() -> None:
         differences(apart, "cost", [("a", "pi_ref")])
 
 
+@pytest.mark.parametrize("shift", [-0.6, -0.2, 0.2, 0.6])
+@pytest.mark.parametrize("side", [1, -1])
+def test_the_interval_of_one_less_the_p_value_ends_at_0(shift: float, side: int) -> None:
+    drawn = np.random.default_rng(4).lognormal(size=25)
+    values = side * (drawn - drawn.mean()) + shift
+    p_value = no_difference(values)
+    found = mean_of(values, confidence=1 - p_value)
+    assert (found.low if shift > 0 else found.high) == pytest.approx(0, abs=1e-9)
+    plain = no_difference(values, tails=False)
+    assert plain == pytest.approx(stats.ttest_1samp(values, 0).pvalue)
+    assert (p_value > plain) == (side * shift < 0)
+
+
 def test_one_prompt_says_nothing_and_equal_answers_say_no_difference() -> None:
-    assert math.isnan(no_difference(mean_of([1.0]), 1))
-    assert no_difference(mean_of([0.0, 0.0]), 2) == 1.0
+    assert math.isnan(no_difference([1.0]))
+    assert no_difference([0.0, 0.0]) == 1.0
 
 
 def test_equal_differences_are_no_surer_than_as_many_signs() -> None:
     """Three prompts on which one policy is always unsafe and the other never are not certain."""
     for size in (1.0, -1.0, 0.1):
-        assert no_difference(mean_of([size] * 3), 3) == 0.25
-    assert no_difference(mean_of([1.0] * 9), 9) == mcnemar([1] * 9, [0] * 9).p_value
+        assert no_difference([size] * 3) == 0.25
+    assert no_difference([1.0] * 9) == mcnemar([1] * 9, [0] * 9).p_value
 
 
 def test_equal_differences_have_no_interval_and_those_of_shares_one_with_a_width() -> None:
@@ -130,7 +145,7 @@ def test_equal_differences_have_no_interval_and_those_of_shares_one_with_a_width
 def test_the_interval_of_shares_is_that_with_two_made_up_prompts() -> None:
     values = [0.5, -0.25, 0.0, 1.0, 0.0]
     found = mean_difference(values, 0.9, most=1.0)
-    made_up = mean_of([*values, 1.0, -1.0], 0.9)
+    made_up = mean_of([*values, 1.0, -1.0], 0.9, tails=False)
     assert (found.low, found.high) == (max(made_up.low, -1), min(made_up.high, 1))
     plain = mean_of(values, 0.9)
     assert (found.mean, found.error) == (plain.mean, plain.error)
@@ -205,14 +220,16 @@ def crossed(generator: np.random.Generator, seeds: int, prompts: int, spread: fl
     )
 
 
-@pytest.mark.parametrize(("seeds", "spread"), [(3, 0.0), (3, 0.3), (3, 2.0), (5, 0.3)])
+@pytest.mark.parametrize(
+    ("seeds", "spread"), [(2, 0.0), (2, 0.3), (3, 0.0), (3, 0.3), (3, 2.0), (5, 0.3)]
+)
 def test_intervals_over_seeds_hold_the_truth_as_often_as_they_say(
     seeds: int, spread: float
 ) -> None:
     generator = np.random.default_rng(1)
     found = [over_seeds(crossed(generator, seeds, 60, spread)) for _ in range(1500)]
     held = np.mean([one.low <= 0 <= one.high for one in found])
-    assert 0.93 <= held <= 0.985
+    assert (0.90 if seeds == 2 else 0.93) <= held <= 0.985  # two seeds may be alike by chance
 
 
 def test_prompts_alone_are_not_enough_where_seeds_differ() -> None:

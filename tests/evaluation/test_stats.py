@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from itertools import product
 
 import numpy as np
 import pandas as pd
 import pytest
+from scipy.stats import skew
 from scipy.stats import t as student
 
 from dualign.evaluation.against_optimum import means
@@ -16,6 +18,7 @@ from dualign.evaluation.stats import (
     clustered_mean,
     clustered_share,
     drawn_ends,
+    mean_of,
     redrawn,
     within_variance,
 )
@@ -29,8 +32,10 @@ def test_by_hand() -> None:
     estimate = clustered_mean(np.array([1.0, 3.0, 4.0, 9.0, 9.0, 9.0]), np.array(list("aabccc")))
     error = np.sqrt(13 / 3)
     assert (estimate.mean, estimate.error) == pytest.approx((5.0, error))
-    reach = student.ppf(0.975, 2) * error
-    assert (estimate.low, estimate.high) == pytest.approx((5 - reach, 5 + reach))
+    t = student.ppf(0.975, 2)
+    tail = (-27 - 1 + 64) / (9 + 1 + 16) ** 1.5 * (1 + 3 / np.sqrt(3))
+    above = t + tail * (1 + 2 * t**2) / 6
+    assert (estimate.low, estimate.high) == pytest.approx((5 - t * error, 5 + above * error))
     assert estimate.as_dict() == {"mean": estimate.mean, "low": estimate.low, "high": estimate.high}
 
 
@@ -43,8 +48,13 @@ def test_against_brute_force_on_shuffled_rows() -> None:
     error = np.std(means, ddof=1) / np.sqrt(30)
     assert estimate.mean == pytest.approx(np.mean(means))
     assert estimate.error == pytest.approx(error)
-    assert estimate.high - estimate.mean == pytest.approx(student.ppf(0.9, 29) * error)
-    assert estimate.mean - estimate.low == pytest.approx(student.ppf(0.9, 29) * error)
+    t = student.ppf(0.9, 29)
+    past = skew(means) / np.sqrt(30) * (1 + 3 / np.sqrt(30)) * (1 + 2 * t**2) / 6
+    assert estimate.high - estimate.mean == pytest.approx((t + max(past, 0)) * error)
+    assert estimate.mean - estimate.low == pytest.approx((t + max(-past, 0)) * error)
+    students = mean_of(means, 0.8, tails=False)
+    assert students.high - students.mean == pytest.approx(t * error)
+    assert students.mean - students.low == pytest.approx(t * error)
 
 
 def test_flags_are_averaged_as_shares() -> None:
@@ -70,6 +80,25 @@ def test_coverage_holds_with_correlated_answers_where_independence_would_fail() 
         naive += abs(values.mean()) <= 1.97 * values.std(ddof=1) / np.sqrt(240)
     assert 0.93 <= clustered / 800 <= 0.97
     assert naive / 800 < 0.90
+
+
+def test_a_long_tail_moves_the_end_on_its_side_alone() -> None:
+    values = np.random.default_rng(2).lognormal(size=40)
+    above, below = mean_of(values), mean_of(-values)
+    students = mean_of(values, tails=False)
+    assert above.low == students.low and above.high > students.high + 0.1 * students.error
+    assert (below.low, below.high) == pytest.approx((-above.high, -above.low))
+
+
+def test_intervals_of_skewed_costs_on_few_prompts_cover_as_they_say() -> None:
+    """Student's hold the mean of 30 log-normal costs in 88 % of repeats."""
+    drawn = np.random.default_rng(5).lognormal(size=(3000, 30))
+    held = {True: 0, False: 0}
+    for values, tails in product(drawn, held):
+        found = mean_of(values, tails=tails)
+        held[tails] += found.low <= np.exp(0.5) <= found.high
+    assert held[True] > 0.92 * len(drawn)
+    assert held[False] < 0.90 * len(drawn)
 
 
 def test_within_variance_is_unbiased_and_skips_single_answers() -> None:
@@ -137,8 +166,8 @@ def test_it_covers_a_rare_share_of_few_prompts_better_than_students() -> None:
     for _ in range(1000):
         rates = rng.beta(0.4, 4.6, 20)  # mean 0.08, correlation 1 / 6 within a prompt
         values = (rng.random(80) < np.repeat(rates, 4)).astype(float)
-        for name, interval in (("share", clustered_share), ("mean", clustered_mean)):
-            found = interval(values, prompts)
+        students = mean_of(values.reshape(20, 4).mean(1), tails=False)
+        for name, found in (("share", clustered_share(values, prompts)), ("mean", students)):
             hits[name] += math.isfinite(found.low) and found.low <= 0.08 <= found.high
     assert 930 <= hits["share"] <= 985
     assert hits["mean"] < hits["share"] - 30

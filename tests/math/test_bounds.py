@@ -46,13 +46,10 @@ def test_clustered_t_is_the_upper_end_of_the_clustered_interval_and_above_it_for
     costs, prompts = answers()
     for delta, left in ((0.05, -np.exp(costs)), (0.2, -np.exp(costs[::3]))):
         ids = prompts[:: len(prompts) // len(left)]
-        assert upper_bound(left, ids, delta=delta) == pytest.approx(
-            clustered_mean(left, ids, 1 - 2 * delta).high
-        )
-        assert (
-            upper_bound(-left, ids, delta=delta)
-            > clustered_mean(-left, ids, 1 - 2 * delta).high + 0.01
-        )
+        interval = clustered_mean(left, ids, 1 - 2 * delta)
+        assert upper_bound(left, ids, delta=delta) == pytest.approx(interval.high)
+        # A certificate's bound takes more of a tail to be hidden than an interval does.
+        assert upper_bound(-left, ids, delta=delta) > -interval.low + 0.005
 
 
 def test_clustered_t_by_hand() -> None:

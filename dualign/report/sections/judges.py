@@ -202,5 +202,5 @@ def _gap(ours: pd.Series, other: pd.Series, confidence: float) -> Gain | None:
         float(ours[gap.index].mean()),
         float(other[gap.index].mean()),
         known_ends(estimate),
-        no_difference(estimate, len(gap)),
+        no_difference(gap.to_numpy()),
     )

@@ -12,7 +12,7 @@ from markupsafe import Markup
 from dualign.core.artifacts import listed
 from dualign.core.records import ComparedPolicy, Comparison, Interval, read_record
 from dualign.evaluation.measures import OF_RUNS, Measure
-from dualign.evaluation.stats import clustered_mean, clustered_share
+from dualign.evaluation.stats import clustered_share, mean_of
 from dualign.report.charts import svg
 from dualign.report.charts.strip import dots
 from dualign.report.comparison import REFERENCE, known_ends
@@ -123,13 +123,14 @@ def _gains(runs: list[Policies], name: str, key: str) -> list[float]:
 
 
 def _over_runs(values: list[float], level: float, share: bool = False) -> Interval | None:
-    """The mean with its interval over runs, each of which drew everything anew: Student's, or of
-    shares Wilson's.
+    """The mean with its interval over runs, each of which drew everything anew: Student's, since a
+    handful shows no tail, or of shares Wilson's.
     """
     if not values:
         return None
-    mean = clustered_share if share else clustered_mean
-    return known_ends(mean(np.asarray(values), np.arange(len(values)), level))
+    if share:
+        return known_ends(clustered_share(np.asarray(values), np.arange(len(values)), level))
+    return known_ends(mean_of(values, level, tails=False))
 
 
 def _draw(run: FinishedRun, rows: list[Row]) -> None:

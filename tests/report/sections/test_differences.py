@@ -12,7 +12,8 @@ from scipy.stats import ttest_rel
 
 from dualign.core.artifacts import write_parquet
 from dualign.core.schema import ANSWERS, read_table
-from dualign.evaluation.paired import holm
+from dualign.evaluation.paired import holm, no_difference
+from dualign.evaluation.stats import mean_of
 from dualign.params.report import ReportParams
 from dualign.report.differences import pairwise
 from dualign.report.page import write
@@ -32,7 +33,7 @@ def tables(run: Run) -> dict[str, dict[str, Row]]:
     return found
 
 
-def test_every_two_policies_are_compared_as_scipy_does(finished: Run) -> None:
+def test_every_two_policies_are_compared_by_prompt(finished: Run) -> None:
     answers = FinishedRun(*finished).answers
     table = pairwise(answers, 0.95)
     frames = [frame.assign(policy=name) for name, frame in answers.items()]
@@ -44,11 +45,15 @@ def test_every_two_policies_are_compared_as_scipy_does(finished: Run) -> None:
     for key in ("reward", "p_unsafe", "length", "true_cost"):
         means = rows.pivot_table(index="prompt_id", columns="policy", values=key, aggfunc="mean")
         for row in table[table["score"] == key].itertuples():
-            expected = ttest_rel(means[row.first], means[row.second])
-            if key != "p_unsafe":  # a share, whose interval is `mean_difference`'s
-                ends = expected.confidence_interval(0.95)
-                assert (row.low, row.high) == pytest.approx(tuple(ends))
-            assert row.p_value == pytest.approx(expected.pvalue, abs=1e-12)
+            students = ttest_rel(means[row.first], means[row.second])
+            if key == "p_unsafe":  # a share, whose interval is `mean_difference`'s
+                assert row.p_value == pytest.approx(students.pvalue, abs=1e-12)
+                continue
+            gap = (means[row.first] - means[row.second]).to_numpy()
+            expected = mean_of(gap)
+            assert (row.low, row.high) == pytest.approx((expected.low, expected.high))
+            assert row.p_value == pytest.approx(no_difference(gap), abs=1e-12)
+            assert row.p_value >= students.pvalue - 1e-12
     assert table["p_holm"].to_numpy() == pytest.approx(holm(table["p_value"].to_numpy()))
 
 

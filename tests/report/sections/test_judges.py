@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from scipy.stats import t as t_distribution
 
 from dualign.core.artifacts import read_json, write_json, write_parquet
 from dualign.core.errors import DualignError
 from dualign.core.schema import VERDICTS
+from dualign.evaluation.stats import mean_of
 from dualign.params.report import ReportParams
 from dualign.publishing.suites import judged_suites
 from dualign.report.sections import judges
@@ -76,9 +76,11 @@ def test_the_gap_knows_that_the_deviation_is_an_estimate(judged: Run) -> None:
     count = len(prompts)
     error = np.sqrt((count - 1) / count * ((without - without.mean()) ** 2).sum())
     mean = count * gap(prompts) - (count - 1) * without.mean()
-    reach = float(t_distribution.ppf(0.975, count - 1)) * error
+    pseudo = count * gap(prompts) - (count - 1) * without
+    expected = mean_of(pseudo)
+    assert expected.error == pytest.approx(error)
     assert found.gap.mean == pytest.approx(mean)
-    assert (found.gap.low, found.gap.high) == pytest.approx((mean - reach, mean + reach))
+    assert (found.gap.low, found.gap.high) == pytest.approx((expected.low, expected.high))
 
 
 def test_the_gap_of_two_judges_of_one_mind_holds_the_truth_as_often_as_it_says() -> None:
