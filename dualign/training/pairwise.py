@@ -26,6 +26,7 @@ from dualign.lm.packing import attention_kept, enable_packing, packed_log_probab
 from dualign.math import losses
 from dualign.params.base import LoraParams
 from dualign.params.training import LOSS_FIELDS, LossSpec, LossType, PairLossParams
+from dualign.training.collating import PairCollator
 from dualign.training.columns import id_column, table_of
 from dualign.training.pair_losses import PAIR_LOSSES, PairBatch
 from dualign.training.run import (
@@ -362,7 +363,7 @@ _EXTRA = (
 
 
 @dataclass
-class _PairCollator(DataCollatorForPreference):
+class _PairwiseCollator(PairCollator):
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         batch: dict[str, Any] = super().torch_call(examples)
         for name in _EXTRA:
@@ -449,7 +450,7 @@ class PairwiseTrainer(Shared, DPOTrainer):
                 _check_columns(getattr(table, "column_names", None) or [], args, name)
         super().__init__(model, ref_model, args=args, **kwargs)
         if type(self.data_collator) is DataCollatorForPreference:
-            self.data_collator = _PairCollator(**vars(self.data_collator))
+            self.data_collator = _PairwiseCollator(**vars(self.data_collator))
         self._drawn = (-1, 0)  # step and part of the last draw of labels
         self._packed = self._can_pack()
 

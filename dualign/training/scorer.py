@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 from transformers import PreTrainedTokenizerBase
 from trl import RewardConfig, RewardTrainer
-from trl.trainer.reward_trainer import DataCollatorForPreference
 
 from dualign.math import losses
+from dualign.training.collating import ScorerCollator
 from dualign.training.columns import id_column, table_of
 from dualign.training.run import (
     Job,
@@ -101,7 +101,7 @@ class ScorerConfig(RewardConfig):
 
 
 @dataclass
-class _FlagCollator(DataCollatorForPreference):
+class _FlagCollator(ScorerCollator):
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         batch: dict[str, Any] = super().torch_call(examples)
         batch["flags"] = torch.tensor([example["flags"] for example in examples])

@@ -12,6 +12,7 @@ from trl import SFTConfig, SFTTrainer
 
 from dualign.lm.numerics import answer_log_probabilities
 from dualign.lm.sampling import log_probabilities
+from dualign.training.collating import TextCollator
 from dualign.training.columns import id_column, table_of
 from dualign.training.metering import IGNORED
 from dualign.training.run import Job, Metrics, Model, arguments, run, short_enough
@@ -35,6 +36,7 @@ def train_sft(
     trainer = SupervisedTrainer(
         model,
         args=args,
+        data_collator=TextCollator(pad_token_id=tokenizer.pad_token_id),
         train_dataset=_supervised(train, job.training.max_length),
         processing_class=tokenizer,
     )
