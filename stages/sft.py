@@ -30,7 +30,7 @@ from dualign.lm.models import (
 )
 from dualign.lm.numerics import precision_of
 from dualign.lm.quantised import check_installed, is_quantised, quantise
-from dualign.lm.sampling import check_prompts
+from dualign.lm.sampling import check_engine, check_prompts
 from dualign.lm.tokens import encode_conversations
 from dualign.params.consistency import lengths_on_base, params_of
 from dualign.params.loading import load_all
@@ -52,7 +52,7 @@ def main(run: Run[SftParams]) -> None:
     scratch = run.scratch(ROWS, *local_inputs(params))
     model, tokenizer = base(run, rows)
     check_context(model, params.training.max_length, "sft.training.max_length")
-    check_later_stages(model, tokenizer)
+    check_later_stages(run, model, tokenizer)
     train, heldout = encoded(rows, tokenizer)
     job = Job(params.training, run.resources, scratch, params.seed)
     if params.train:
@@ -76,10 +76,13 @@ def main(run: Run[SftParams]) -> None:
     run.trained(metrics | as_row(told), scratch)
 
 
-def check_later_stages(model: Model, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse rows and prompts of the stages to come that the base cannot read, before it is
-    trained. Raises ParamsError and DataError.
+def check_later_stages(
+    run: Run[SftParams], model: Model, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Refuse rows and prompts of the stages to come that the base cannot read, and a sampling
+    engine that cannot draw from it, before it is trained. Raises ParamsError and DataError.
     """
+    check_engine(model, run.resources)
     stages = load_all()
     for key, longest in lengths_on_base(stages).items():
         check_context(model, longest, key)

@@ -22,7 +22,7 @@ from dualign.core.progress import Progress, silenced
 from dualign.core.schema import PROMPTS, Message, characters, read_table
 from dualign.core.work import Work
 from dualign.lm.batches import by_length
-from dualign.lm.engines import generate
+from dualign.lm.engines import generate, refill
 from dualign.lm.engines.check import check
 from dualign.lm.engines.interface import PLAIN, Answer, Decoding, Request, row_seed, seed_for
 from dualign.lm.engines.table import ENGINES
@@ -30,7 +30,7 @@ from dualign.lm.flops import Tokens, reading_flop, size_of
 from dualign.lm.loading import check_context, context_of, name_of
 from dualign.lm.mixture import Mixture, Policy, mixture_log_probability
 from dualign.lm.models import end_tokens
-from dualign.lm.numerics import answer_log_probabilities, padded_rows
+from dualign.lm.numerics import answer_log_probabilities, padded_rows, without_adapter
 from dualign.lm.packing import attention_kept, packed_log_probabilities, packs
 from dualign.lm.tokens import decode_answers, encode_prompts, render
 from dualign.params.base import Resources
@@ -95,6 +95,14 @@ def draw(
         return [found[row] for row in range(len(request.prompts))]
 
     return _drawn(policy, tokenizer, prompts, wanted, resources.sampling_batch_size, answers)
+
+
+def check_engine(model: torch.nn.Module, resources: Resources) -> None:
+    """Refuse a model that `resources.engine` cannot draw from, as far as that shows before it does.
+    Raises ParamsError.
+    """
+    if resources.engine == "refill":
+        refill.check_kept(without_adapter(model))
 
 
 def sample(

@@ -12,7 +12,7 @@ import pytest
 import torch
 from ruamel.yaml import YAML
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, MambaConfig, PreTrainedTokenizerBase
 
 from dualign.core.artifacts import read_json, write_parquet
 from dualign.core.errors import DataError, ModelError, ParamsError
@@ -218,6 +218,19 @@ def test_rows_of_later_trainings_must_fit_before_the_first(
     content["evaluate"]["policies"] = {"sft": "sft"}
     write(content)
     run(params(train=False), resources)  # neither trains then
+
+
+def test_an_engine_that_cannot_draw_from_the_base_is_refused_before_training(
+    base: Path, resources: Resources, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    recurrent = MambaConfig(
+        vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, state_size=4
+    )
+    AutoModelForCausalLM.from_config(recurrent).save_pretrained(BASE)
+    told = r"^resources\.engine refill: MambaForCausalLM keeps more .* set resources\.engine to gen"
+    with pytest.raises(ParamsError, match=told):
+        run(params(), resources.model_copy(update={"engine": "refill"}))
+    assert not Path("models/sft").exists()
 
 
 def test_an_adapter_is_no_base(

@@ -64,7 +64,7 @@ def answer(
     """An answer to each row of the request, with its tokens' log-probabilities.
 
     Raises ParamsError for a model that keeps other things than keys and values."""
-    _check_kept(without_adapter(model))
+    check_kept(without_adapter(model))
     model.eval()
     seeded = zip(request.prompts, request.seeds, strict=True)
     rows = [_row(prompt, seed, request.max_new_tokens) for prompt, seed in seeded]
@@ -76,8 +76,10 @@ def answer(
     return [Answer(row.tokens, row.log_probabilities) for row in rows]
 
 
-def _check_kept(model: Any) -> None:
-    """Refuse a model with a state that a place cannot hand on, such as a recurrent layer's."""
+def check_kept(model: Any) -> None:
+    """Refuse a model with a state that a place cannot hand on, such as a recurrent layer's. Raises
+    ParamsError.
+    """
     for layer in DynamicCache(config=model.config).layers:
         if type(layer) not in _KEPT:
             raise ParamsError(
