@@ -58,17 +58,11 @@ class PairCollator(dpo_trainer.DataCollatorForPreference):
         ids, own = padded(rows, self.pad_token_id, self.pad_to_multiple_of)
         asked = torch.tensor([len(prompt) for prompt in prompts]).unsqueeze(1)
         answered = own * (torch.arange(ids.shape[1]) >= asked)
-        references = {
-            name: torch.tensor([example[name] for example in examples])
-            for name in _REFERENCES
-            if name in examples[0]
-        }
-        return {
-            "input_ids": ids,
-            "attention_mask": own,
-            "completion_mask": answered,
-            **references,
-        }
+        batch = {"input_ids": ids, "attention_mask": own, "completion_mask": answered}
+        for name in _REFERENCES:
+            if name in examples[0]:
+                batch[name] = torch.tensor([example[name] for example in examples])
+        return batch
 
 
 @dataclass
