@@ -68,7 +68,7 @@ def no_difference(values: Sequence[float] | Array, *, tails: bool = True) -> flo
     prompts = len(gaps)
     if prompts < 2:
         return float("nan")
-    found = mean_of(gaps)
+    found = mean_of(gaps, tails=False)
     if found.error <= _ROUNDING * abs(found.mean):
         return 1.0 if found.mean == 0 else 2.0 ** (1 - prompts)
     towards_0 = -math.copysign(1.0, found.mean)

@@ -16,12 +16,12 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 from dualign.core import ranks
 from dualign.core.errors import ModelError
 from dualign.lm import onednn
+from dualign.lm.batches import padded
 from dualign.lm.kernels import fuse
 from dualign.lm.quantised import cast, is_quantised
 from dualign.params.base import Resources
@@ -206,15 +206,9 @@ def padded_rows(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """ids, mask, labels [rows, positions] of prompts with answers (`answer_log_probabilities`)."""
     pairs = list(zip(prompts, answers, strict=True))
-    rows = [torch.tensor([*prompt, *answer], dtype=torch.long) for prompt, answer in pairs]
-    labels = [
-        torch.tensor([-100] * len(prompt) + [*answer], dtype=torch.long) for prompt, answer in pairs
-    ]
-    return (
-        pad_sequence(rows, batch_first=True, padding_value=pad),
-        pad_sequence([torch.ones_like(row) for row in rows], batch_first=True),
-        pad_sequence(labels, batch_first=True, padding_value=-100),
-    )
+    ids, mask = padded([[*prompt, *answer] for prompt, answer in pairs], pad)
+    labels, _ = padded([[-100] * len(prompt) + [*answer] for prompt, answer in pairs], -100)
+    return ids, mask, labels
 
 
 def answer_logits(model: Any, prompt: Sequence[int], answer: Sequence[int]) -> Tensor:

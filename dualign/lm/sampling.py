@@ -30,7 +30,7 @@ from dualign.lm.flops import Tokens, reading_flop, size_of
 from dualign.lm.loading import check_context, context_of, name_of
 from dualign.lm.mixture import Mixture, Policy, mixture_log_probability
 from dualign.lm.models import end_tokens
-from dualign.lm.numerics import answer_log_probabilities, padded_rows, without_adapter
+from dualign.lm.numerics import answer_log_probabilities, padded_rows
 from dualign.lm.packing import attention_kept, packed_log_probabilities, packs
 from dualign.lm.tokens import decode_answers, encode_prompts, render
 from dualign.params.base import Resources
@@ -102,7 +102,7 @@ def check_engine(model: torch.nn.Module, resources: Resources) -> None:
     Raises ParamsError.
     """
     if resources.engine == "refill":
-        refill.check_kept(without_adapter(model))
+        refill.check_kept(model)
 
 
 def sample(

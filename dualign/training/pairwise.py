@@ -26,7 +26,7 @@ from dualign.lm.packing import attention_kept, enable_packing, packed_log_probab
 from dualign.math import losses
 from dualign.params.base import LoraParams
 from dualign.params.training import LOSS_FIELDS, LossSpec, LossType, PairLossParams
-from dualign.training.collating import PairCollator
+from dualign.training.collating import PairCollator, stacked
 from dualign.training.columns import id_column, table_of
 from dualign.training.pair_losses import PAIR_LOSSES, PairBatch
 from dualign.training.run import (
@@ -366,9 +366,7 @@ _EXTRA = (
 class _PairwiseCollator(PairCollator):
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         batch: dict[str, Any] = super().torch_call(examples)
-        for name in _EXTRA:
-            if name in examples[0]:
-                batch[name] = torch.tensor([example[name] for example in examples])
+        batch |= stacked(examples, _EXTRA)
         if "mismatched_ids" in examples[0]:
             batch["mismatched"] = self._mismatched(examples)
         return batch

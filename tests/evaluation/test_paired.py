@@ -48,6 +48,7 @@ def test_differences_are_those_of_prompt_means_past_the_paired_t_test() -> None:
         low, high = students.confidence_interval(0.95)
         assert (row.low, row.high) == pytest.approx((expected.low, expected.high))
         assert row.low <= low + 1e-12 and row.high >= high - 1e-12
+        assert row.low == pytest.approx(low) or row.high == pytest.approx(high)
         assert row.p_value >= students.pvalue * (1 - 1e-9)
         assert row.prompts == 30
     assert table["p_holm"].to_numpy() == pytest.approx(holm(table["p_value"]))

@@ -7,6 +7,7 @@ from functools import cache
 from typing import Any, get_args
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,7 +15,7 @@ from scipy.stats import binom, nct, norm
 from scipy.stats import t as student
 
 from dualign.core.errors import DataError, ParamsError
-from dualign.evaluation.stats import clustered_mean
+from dualign.evaluation.stats import clustered_mean, mean_of
 from dualign.math import bounds
 from dualign.math.bounds import Method, corrected, corrected_upper_bound, sample_size, upper_bound
 
@@ -48,8 +49,11 @@ def test_clustered_t_is_the_upper_end_of_the_clustered_interval_and_above_it_for
         ids = prompts[:: len(prompts) // len(left)]
         interval = clustered_mean(left, ids, 1 - 2 * delta)
         assert upper_bound(left, ids, delta=delta) == pytest.approx(interval.high)
+        skewed = upper_bound(-left, ids, delta=delta)
+        means = pd.Series(-left).groupby(ids).mean().to_numpy()
+        assert skewed > mean_of(means, 1 - 2 * delta, tails=False).high + 0.01
         # A certificate's bound takes more of a tail to be hidden than an interval does.
-        assert upper_bound(-left, ids, delta=delta) > -interval.low + 0.005
+        assert skewed > -interval.low + 0.005
 
 
 def test_clustered_t_by_hand() -> None:

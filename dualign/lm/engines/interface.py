@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
+from dualign.lm.batches import padded
 from dualign.params.base import DecodingParams, Resources
 
 
@@ -112,12 +112,7 @@ def batch_seed(seed: int, number: int) -> int:
 
 def left_padded(prompts: Sequence[Sequence[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
     """ids and mask [rows, positions] of prompts that all end at the last position."""
-    rows = [torch.tensor(prompt, dtype=torch.long) for prompt in prompts]
-    ones = [torch.ones_like(row) for row in rows]
-    return (
-        pad_sequence(rows, batch_first=True, padding_value=pad, padding_side="left"),
-        pad_sequence(ones, batch_first=True, padding_side="left"),
-    )
+    return padded(prompts, pad, left=True)
 
 
 def until_end(tokens: Sequence[int], ends: Sequence[int]) -> list[int]:

@@ -64,7 +64,7 @@ def answer(
     """An answer to each row of the request, with its tokens' log-probabilities.
 
     Raises ParamsError for a model that keeps other things than keys and values."""
-    check_kept(without_adapter(model))
+    check_kept(model)
     model.eval()
     seeded = zip(request.prompts, request.seeds, strict=True)
     rows = [_row(prompt, seed, request.max_new_tokens) for prompt, seed in seeded]
@@ -80,10 +80,11 @@ def check_kept(model: Any) -> None:
     """Refuse a model with a state that a place cannot hand on, such as a recurrent layer's. Raises
     ParamsError.
     """
-    for layer in DynamicCache(config=model.config).layers:
+    base = without_adapter(model)
+    for layer in DynamicCache(config=base.config).layers:
         if type(layer) not in _KEPT:
             raise ParamsError(
-                f"resources.engine refill: {type(model).__name__} keeps more of a text than keys"
+                f"resources.engine refill: {type(base).__name__} keeps more of a text than keys"
                 f" and values ({type(layer).__name__}); set resources.engine to generate"
             )
 

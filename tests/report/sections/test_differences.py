@@ -52,6 +52,9 @@ def test_every_two_policies_are_compared_by_prompt(finished: Run) -> None:
             gap = (means[row.first] - means[row.second]).to_numpy()
             expected = mean_of(gap)
             assert (row.low, row.high) == pytest.approx((expected.low, expected.high))
+            low, high = students.confidence_interval(0.95)
+            assert row.low <= low + 1e-12 and row.high >= high - 1e-12
+            assert row.low == pytest.approx(low) or row.high == pytest.approx(high)
             assert row.p_value == pytest.approx(no_difference(gap), abs=1e-12)
             assert row.p_value >= students.pvalue - 1e-12
     assert table["p_holm"].to_numpy() == pytest.approx(holm(table["p_value"].to_numpy()))

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from scipy.stats import t as t_distribution
 
 from dualign.core.artifacts import read_json, write_json, write_parquet
 from dualign.core.errors import DualignError
@@ -81,6 +82,8 @@ def test_the_gap_knows_that_the_deviation_is_an_estimate(judged: Run) -> None:
     assert expected.error == pytest.approx(error)
     assert found.gap.mean == pytest.approx(mean)
     assert (found.gap.low, found.gap.high) == pytest.approx((expected.low, expected.high))
+    low, high = t_distribution.interval(0.95, count - 1, mean, error)
+    assert found.gap.low == pytest.approx(low) or found.gap.high == pytest.approx(high)
 
 
 def test_the_gap_of_two_judges_of_one_mind_holds_the_truth_as_often_as_it_says() -> None:
